@@ -1,0 +1,13 @@
+"""Gradient penalties for GAN critics: fused kernels with double backward behind one drop-in call.
+
+    loss = fake_score.mean() - real_score.mean() + fused_gradient_penalty(critic, real, fake, weight=10)
+"""
+
+from . import reference
+from .interpolation import interpolate
+from .norm_penalty import gradient_norm_penalty
+from .penalties import fused_gradient_penalty
+
+__version__ = "0.1.0"
+
+__all__ = ["fused_gradient_penalty", "gradient_norm_penalty", "interpolate", "reference"]

@@ -1,0 +1,44 @@
+"""The one place that decides which backend computes an op: the `backend` argument and the tensor's device."""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from . import torch_ops
+
+TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors are of type "cuda"
+
+
+def backend_for(backend: str, tensor: torch.Tensor) -> Any:
+    """The module with the five functions on rows: `fused_gp.torch_ops` or `fused_gp.kernels`.
+
+    "auto" is Triton on CUDA, ROCm and XPU tensors where Triton is installed, and plain torch elsewhere.
+    """
+    if backend == "torch":
+        return torch_ops
+    if backend == "auto":
+        return _kernels() if tensor.device.type in TRITON_DEVICES and triton_installed() else torch_ops
+    if backend != "triton":
+        raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
+    if not triton_installed():
+        raise ValueError("backend='triton' needs the package triton, which is not installed")
+    kernels = _kernels()
+    if tensor.device.type not in TRITON_DEVICES and not (tensor.device.type == "cpu" and kernels.INTERPRETED):
+        raise ValueError(
+            f"backend='triton' cannot run on {tensor.device.type} tensors: use backend='auto' or 'torch', or, to run "
+            "the kernels on CPU tensors under Triton's interpreter, set TRITON_INTERPRET=1 before they are imported"
+        )
+    return kernels
+
+
+@cache
+def triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _kernels() -> Any:
+    return import_module("fused_gp.kernels")  # only now: importing fused_gp must not load Triton

@@ -1,0 +1,115 @@
+"""Points on the straight lines between real and fake samples."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import arguments
+from .backends import backend_for
+from .rows import from_rows, storage_order, to_rows
+
+
+def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float, *, backend: str = "auto") -> Tensor:
+    r"""Interpolate between real and fake samples, one :math:`\alpha` per sample.
+
+    .. math:: \hat x_i = \alpha_i \tilde x_i + (1 - \alpha_i) x_i
+
+    with :math:`x` real and :math:`\tilde x` fake; exactly real at 0 and exactly fake at 1. Computed in fp32 (fp64 for
+    fp64 inputs) and rounded once.
+
+    Args:
+        real: (B, ...) tensor of fp16, bf16, fp32 or fp64, any number of dimensions from 1, any memory format.
+        fake: tensor of the same shape, dtype and device.
+        alpha: one number in [0, 1] for all samples, or a floating tensor of shape (), (B,) or (B, 1, ..., 1).
+        backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
+
+    Returns:
+        A new tensor of the shape and dtype of `real`, in its memory format.
+
+    Differentiable in real, fake and alpha, to every order.
+
+    Raises:
+        TypeError: an argument is not of the kind above.
+        ValueError: shapes, dtypes or devices differ, or the batch is empty.
+
+    From Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, algorithm 1.
+    """
+    arguments.samples("real", real)
+    arguments.samples("fake", fake)
+    arguments.alike("real", real, "fake", fake)
+    return interpolate_rows(real, fake, arguments.alpha(alpha, real), backend_for(backend, real))
+
+
+def interpolate_rows(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
+    """The op on checked arguments, alpha as (B,) in the accumulation type."""
+    order = storage_order(real)
+    batch = real.shape[0]
+    x_hat = Interpolate.apply(to_rows(real, order, batch), to_rows(fake, order, batch), alpha, ops)
+    return from_rows(x_hat, order, real)
+
+
+class Interpolate(Function):
+    """Linear in (real, fake): its backward is the adjoint below, whose backward is this again, so every order is."""
+
+    @staticmethod
+    def forward(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
+        return ops.interpolate(real, fake, alpha)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        real, fake, alpha, ctx.ops = inputs
+        # real and fake are needed for the gradient of alpha only, which hardly anybody asks for.
+        ctx.save_for_backward(alpha, *((real, fake) if ctx.needs_input_grad[2] else ()))
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        alpha, *ends = ctx.saved_tensors
+        real_needed, fake_needed, alpha_needed, _ = ctx.needs_input_grad
+        real_grad = fake_grad = alpha_grad = None
+        if real_needed or fake_needed:
+            real_grad, fake_grad = InterpolateAdjoint.apply(cotangent, alpha, real_needed, fake_needed, ctx.ops)
+        if alpha_needed:
+            alpha_grad = alpha_gradient(cotangent, *ends, alpha.dtype)
+        return real_grad, fake_grad, alpha_grad, None
+
+
+class InterpolateAdjoint(Function):
+    """cotangent -> ((1 - alpha) cotangent, alpha cotangent), each only where needed."""
+
+    @staticmethod
+    def forward(cotangent: Tensor, alpha: Tensor, real_needed: bool, fake_needed: bool, ops: Any) -> Any:
+        return ops.interpolate_adjoint(_unit_stride(cotangent), alpha, real_needed, fake_needed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        cotangent, alpha, _, _, ctx.ops = inputs
+        ctx.save_for_backward(alpha, *((cotangent,) if ctx.needs_input_grad[1] else ()))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, real_cotangent: Tensor | None, fake_cotangent: Tensor | None) -> Any:
+        alpha, *cotangent = ctx.saved_tensors
+        real_given, fake_given = real_cotangent is not None, fake_cotangent is not None
+        grad = alpha_grad = None
+        if ctx.needs_input_grad[0] and real_given and fake_given:
+            grad = Interpolate.apply(_unit_stride(real_cotangent), _unit_stride(fake_cotangent), alpha, ctx.ops)
+        elif ctx.needs_input_grad[0] and (real_given or fake_given):
+            given = real_cotangent if real_given else fake_cotangent
+            grads = InterpolateAdjoint.apply(given, alpha, real_given, fake_given, ctx.ops)
+            grad = grads[0] if real_given else grads[1]
+        if ctx.needs_input_grad[1] and (real_given or fake_given):
+            alpha_grad = alpha_gradient(*cotangent, real_cotangent, fake_cotangent, alpha.dtype)
+        return grad, alpha_grad, None, None, None
+
+
+def alpha_gradient(cotangent: Tensor, real: Tensor | None, fake: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """<cotangent_i, fake_i - real_i>, an absent one being zero, in torch operations that are differentiable."""
+    span = (0 if fake is None else fake.to(dtype)) - (0 if real is None else real.to(dtype))
+    return (cotangent.to(dtype) * span).sum(1)
+
+
+def _unit_stride(rows: Tensor) -> Tensor:
+    """Cotangents may come expanded; the kernels read rows whose elements are neighbours."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,0 +1,34 @@
+"""Any tensor of B samples as R rows of N elements, in the order in which memory holds them.
+
+Sums over a sample do not care about the order of its elements, and interpolation is elementwise, so a channels_last
+tensor is walked as it lies instead of being copied. All of it is made of differentiable view operations.
+"""
+
+from torch import Tensor
+
+Order = tuple[int, ...]
+
+
+def storage_order(tensor: Tensor) -> Order | None:
+    """The permutation, batch first, by falling stride; None where the tensor is contiguous or nearly so."""
+    if tensor.ndim <= 2 or tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = (0, *sorted(range(1, tensor.ndim), key=lambda dim: -strides[dim]))
+    return None if order == tuple(range(tensor.ndim)) else order
+
+
+def to_rows(tensor: Tensor, order: Order | None, rows: int) -> Tensor:
+    """(B, ...) -> (rows, N) with unit stride inside a row; copies only what cannot be viewed so."""
+    if order is not None:
+        tensor = tensor.permute(order)
+    tensor = tensor.reshape(rows, -1)
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def from_rows(rows: Tensor, order: Order | None, like: Tensor) -> Tensor:
+    """(R, N) -> the shape of `like`, elements placed as `to_rows` read them."""
+    if order is None:
+        return rows.reshape(like.shape)
+    shape = [like.shape[dim] for dim in order]
+    return rows.reshape(shape).permute([order.index(dim) for dim in range(like.ndim)])

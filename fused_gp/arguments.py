@@ -55,12 +55,14 @@ def alpha(value: Any, real: Tensor) -> Tensor:
         raise TypeError(f"alpha must be a floating tensor, got {value.dtype}")
     if value.device != real.device:
         raise ValueError(f"alpha must be on the device of real, {real.device}, got {value.device}")
-    if value.shape not in ((), (batch,), (batch,) + (1,) * (real.ndim - 1)):
+    if value.ndim and (value.numel() != batch or value.shape[0] != batch or value.ndim not in (1, real.ndim)):
         raise ValueError(
             f"alpha must be one number per sample, of shape ({batch},) or ({batch}, 1, ..., 1), or one number for all, "
             f"got {_shape(value)} for real of {_shape(real)}"
         )
-    return (value.expand(batch) if value.ndim == 0 else value.reshape(batch)).to(dtype).contiguous()
+    if value.ndim != 1:
+        value = value.reshape(batch) if value.ndim else value.expand(batch)
+    return value.to(dtype).contiguous()
 
 
 def generator(value: Any, device: torch.device) -> None:
@@ -142,7 +144,7 @@ def form(
 
 def number(name: str, value: Any, minimum: float = -math.inf, above: float = -math.inf) -> float:
     """A finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not math.isfinite(value) or value < minimum or value <= above:
         bound = f" >= {minimum}" if minimum > -math.inf else f" > {above}" if above > -math.inf else ""

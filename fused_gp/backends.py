@@ -17,7 +17,7 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
 
     "auto" is Triton on CUDA, ROCm and XPU tensors where Triton is installed, and plain torch elsewhere.
     """
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and tensor.is_cpu):
         return torch_ops
     if backend == "auto":
         return _kernels() if tensor.device.type in TRITON_DEVICES and triton_installed() else torch_ops

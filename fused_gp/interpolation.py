@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import arguments
 from .backends import backend_for
+from .function import FusedFunction
 from .rows import from_rows, storage_order, to_rows
 
 
@@ -46,11 +46,15 @@ def interpolate_rows(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Ten
     """The op on checked arguments, alpha as (B,) in the accumulation type."""
     order = storage_order(real)
     batch = real.shape[0]
-    x_hat = Interpolate.apply(to_rows(real, order, batch), to_rows(fake, order, batch), alpha, ops)
+    real_rows, fake_rows = to_rows(real, order, batch), to_rows(fake, order, batch)
+    if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad or alpha.requires_grad):
+        x_hat = Interpolate.apply(real_rows, fake_rows, alpha, ops)
+    else:  # the critic's step: nothing to differentiate, and no graph to pay for
+        x_hat = ops.interpolate(real_rows, fake_rows, alpha)
     return from_rows(x_hat, order, real)
 
 
-class Interpolate(Function):
+class Interpolate(FusedFunction):
     """Linear in (real, fake): its backward is the adjoint below, whose backward is this again, so every order is."""
 
     @staticmethod
@@ -75,7 +79,7 @@ class Interpolate(Function):
         return real_grad, fake_grad, alpha_grad, None
 
 
-class InterpolateAdjoint(Function):
+class InterpolateAdjoint(FusedFunction):
     """cotangent -> ((1 - alpha) cotangent, alpha cotangent), each only where needed."""
 
     @staticmethod

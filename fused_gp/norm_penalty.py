@@ -4,11 +4,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import arguments
 from .backends import backend_for
 from .form import PenaltyForm, accumulation_type
+from .function import FusedFunction
 from .rows import storage_order, to_rows
 
 
@@ -82,7 +82,7 @@ def penalise_rows(gradients: Tensor, form: PenaltyForm, ops: Any) -> tuple[Tenso
     return NormPenalty.apply(to_rows(gradients, storage_order(gradients), gradients.shape[0]), form, ops)
 
 
-class NormPenalty(Function):
+class NormPenalty(FusedFunction):
     @staticmethod
     def forward(gradients: Tensor, form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
         return ops.penalty_forward(gradients, form)
@@ -97,15 +97,21 @@ class NormPenalty(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
         gradients, norms = ctx.saved_tensors
-        return NormPenaltyBackward.apply(gradients, norms, upstream, ctx.form, ctx.ops), None, None
+        # Grad mode is on here exactly when the caller asked for create_graph.
+        backward = NormPenaltyBackward.apply if torch.is_grad_enabled() else penalty_backward
+        return backward(gradients, norms, upstream, ctx.form, ctx.ops), None, None
 
 
-class NormPenaltyBackward(Function):
+def penalty_backward(gradients: Tensor, norms: Tensor, upstream: Tensor, form: PenaltyForm, ops: Any) -> Tensor:
+    return ops.penalty_backward(gradients, norms, upstream, form)
+
+
+class NormPenaltyBackward(FusedFunction):
     """dg = a scale kappa^2 w g. `norms` is a function of `gradients`, and no input of its own."""
 
     @staticmethod
     def forward(gradients: Tensor, norms: Tensor, upstream: Tensor, form: PenaltyForm, ops: Any) -> Tensor:
-        return ops.penalty_backward(gradients, norms, upstream, form)
+        return penalty_backward(gradients, norms, upstream, form, ops)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

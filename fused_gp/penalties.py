@@ -106,9 +106,11 @@ def fused_gradient_penalty(
     create_graph = torch.is_grad_enabled()
     leave_inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
     with leave_inference:
-        # Drawn before the critic runs: its dropout must not come between the seed and alpha.
-        place = arguments.alpha(_draw_alpha(real, generator) if alpha is None else alpha, real)
-        x_hat = interpolate_rows(real, fake, place, ops)
+        if alpha is None:
+            # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
+            # everybody's torch.rand(B, 1, 1, 1): a seed gives the same numbers here and there.
+            alpha = torch.rand(real.shape[0], generator=generator, device=real.device)
+        x_hat = interpolate_rows(real, fake, arguments.alpha(alpha, real), ops)
         if not x_hat.requires_grad:
             x_hat.requires_grad_()
         with torch.enable_grad():
@@ -116,11 +118,6 @@ def fused_gradient_penalty(
         gradients = _input_gradient(scores, x_hat, create_graph)
         penalty, norms = penalise_rows(gradients, form, ops)
     return (penalty, norms) if return_norms else penalty
-
-
-def _draw_alpha(real: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One uniform number per sample; shape and default dtype as in everybody's code, so that a seed gives the same."""
-    return torch.rand((real.shape[0],) + (1,) * (real.ndim - 1), generator=generator, device=real.device)
 
 
 def _input_gradient(scores: Tensor, x_hat: Tensor, create_graph: bool) -> Tensor:

@@ -22,13 +22,14 @@ def to_rows(tensor: Tensor, order: Order | None, rows: int) -> Tensor:
     """(B, ...) -> (rows, N) with unit stride inside a row; copies only what cannot be viewed so."""
     if order is not None:
         tensor = tensor.permute(order)
-    tensor = tensor.reshape(rows, -1)
+    if tensor.ndim != 2 or tensor.shape[0] != rows:
+        tensor = tensor.reshape(rows, -1)
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
 def from_rows(rows: Tensor, order: Order | None, like: Tensor) -> Tensor:
     """(R, N) -> the shape of `like`, elements placed as `to_rows` read them."""
     if order is None:
-        return rows.reshape(like.shape)
+        return rows if like.ndim == 2 else rows.reshape(like.shape)
     shape = [like.shape[dim] for dim in order]
     return rows.reshape(shape).permute([order.index(dim) for dim in range(like.ndim)])

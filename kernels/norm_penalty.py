@@ -116,27 +116,27 @@ def reduce_rows_kernel(
         tl.debug_barrier()
         programs = tl.num_programs(0)
         if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == programs - 1:
-            value = tl.zeros((1,), acc)
+            grand_total = tl.full((), 0.0, acc)
             if SPLITS == 1:
                 BLOCK: tl.constexpr = 1024
                 for first in range(0, programs, BLOCK):
                     index = first + tl.arange(0, BLOCK)
-                    value += tl.sum(tl.load(partials + index, mask=index < programs, other=0.0), axis=0)
+                    grand_total += tl.sum(tl.load(partials + index, mask=index < programs, other=0.0), axis=0)
             else:
                 BLOCK: tl.constexpr = 1024 // SPLITS
                 for first in range(0, rows, BLOCK):
                     each = (first + tl.arange(0, BLOCK)).to(tl.int64)
                     known = each < rows
                     index = each[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-                    total = tl.sum(tl.load(partials + index, mask=known[:, None], other=0.0), axis=1)
-                    value += tl.sum(
+                    row_sums = tl.sum(tl.load(partials + index, mask=known[:, None], other=0.0), axis=1)
+                    grand_total += tl.sum(
                         finish_rows(
-                            total, each, known, norms, dots, penalty, eps, target, scale,
+                            row_sums, each, known, norms, dots, penalty, eps, target, scale,
                             ONE_SIDED, SQUARED, DOUBLE, REDUCE,
                         ), axis=0,
                     )  # fmt: skip
             if REDUCE:
-                tl.store(penalty + tl.arange(0, 1), value)
+                tl.store(penalty, grand_total)
             tl.store(arrived, 0)
 
 

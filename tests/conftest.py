@@ -1,0 +1,60 @@
+"""Where the tests run (torch, Triton's interpreter, a real device), and NaN in every tensor nobody has written to."""
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    # The kernels become interpreted or compiled ones when they are imported. With `-m gpu` they are compiled.
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA or ROCm device, and there is none")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            pytest.skip("the kernels are interpreted in this run: `make test-gpu` runs them on the device")
+
+
+class Place(NamedTuple):
+    backend: str
+    device: str
+
+
+PLACES = [
+    pytest.param(Place("torch", "cpu"), id="torch"),
+    pytest.param(Place("triton", "cpu"), id="interpreter"),
+    pytest.param(Place("triton", "cuda"), id="device", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=PLACES)
+def place(request):
+    """A backend, and the device on which it is tested."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """Memory that was not written to holds NaN, so that reading it cannot go unnoticed."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

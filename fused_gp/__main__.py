@@ -1,0 +1,74 @@
+"""`python -m fused_gp`: what a bug report needs."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+import fused_gp
+
+from .backends import backend_for, triton_installed
+
+
+def main() -> int:
+    """Versions, devices with the backend each would get, and a parity check on each; 1 if one fails."""
+    print("fused_gp  ", fused_gp.__version__)
+    print("python    ", platform.python_version(), "on", platform.platform())
+    for package in ("torch", "triton", "numpy"):
+        print(f"{package:<10}", _version(package))
+    print("CUDA / HIP", torch.version.cuda, "/", torch.version.hip)
+    print()
+
+    failed = 0
+    for device in _devices():
+        name = torch.get_device_module(device).get_device_name(device) if device.type in ("cuda", "xpu") else ""
+        backend = backend_for("auto", torch.empty(1, device=device)).__name__.rpartition(".")[2]
+        try:
+            error = _parity(device)
+            passed = error < 1e-5
+            verdict = f"{'passed' if passed else 'FAILED'}, weight gradients {error:.1e} from fp64 plain autograd"
+        except Exception as problem:  # a report shows what is broken instead of stopping at it
+            passed, verdict = False, f"FAILED, {type(problem).__name__}: {problem}"
+        failed += not passed
+        print(f"{device!s:<8} {name}  backend: {'Triton' if backend == 'kernels' else 'plain torch'}; parity {verdict}")
+    if not triton_installed():
+        print("Triton is not installed: every device uses plain torch.")
+    return 1 if failed else 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[torch.device]:
+    found = [torch.device("cpu")]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        found += [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
+    return found
+
+
+def _parity(device: torch.device) -> float:
+    """Largest relative difference between our weight gradients in fp32 and those of plain autograd in fp64."""
+    draw = torch.Generator().manual_seed(0)
+    weight, last = torch.randn(48, 32, generator=draw), torch.randn(32, generator=draw)
+    real, fake = torch.randn(16, 3, 4, 4, generator=draw), torch.randn(16, 3, 4, 4, generator=draw)
+    alpha = torch.rand(16, generator=draw)
+
+    def gradients(penalty, device, dtype):  # type: ignore[no-untyped-def]
+        w, v = (t.to(device, dtype).requires_grad_() for t in (weight, last))
+        value = penalty(
+            lambda x: torch.tanh(x.flatten(1) @ w) @ v, *(t.to(device, dtype) for t in (real, fake)), alpha=alpha.to(device)
+        )
+        return [g.cpu().double() for g in torch.autograd.grad(value, (w, v))]
+
+    ours = gradients(fused_gp.fused_gradient_penalty, device, torch.float32)
+    truth = gradients(fused_gp.reference.fused_gradient_penalty, torch.device("cpu"), torch.float64)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(ours, truth, strict=True))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

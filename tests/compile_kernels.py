@@ -1,0 +1,78 @@
+"""Compile every kernel for one GPU on a machine without any, as the launchers would; print one JSON line a kernel.
+
+Run by test_compile_only.py in a process of its own, where the kernels are not interpreted:
+
+    python compile_kernels.py cuda 90 32
+"""
+
+import json
+import re
+import sys
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fused_gp import arguments, kernels
+from fused_gp.kernels import interpolation, norm_penalty
+from fused_gp.kernels.tiles import NUM_WARPS
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# Split rows, and several rows in one tile; both aligned, so that 16-byte accesses are possible.
+SHAPES = ((4, 8192), (64, 64))
+
+
+def main(backend: str, arch: str, warp_size: str) -> None:
+    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(warp_size))
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        )
+    )
+    interpolation.launch = norm_penalty.launch = compile_instead
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            call_all(torch.zeros(shape, dtype=dtype))
+
+
+def compile_instead(kernel, programs, tensor, *args, **constants):
+    compiled = kernel.warmup(*args, **constants, num_warps=NUM_WARPS, enable_fp_fusion=True, grid=(programs,))
+    asm = compiled.asm
+    ptx = asm.get("ptx", "")
+    print(
+        json.dumps(
+            {
+                "kernel": kernel.__name__,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "binary": len(asm.get("cubin") or asm.get("hsaco")),
+                "loads": re.findall(r"ld\.global(?:\.[\w:]+)*", ptx),
+                "stores": re.findall(r"st\.global(?:\.[\w:]+)*", ptx),
+                "atomics": re.findall(r"atom\.[\w.]+", ptx),
+                "local": ".local" in ptx,
+                "counts_arrivals": constants.get("REDUCE", False) or constants.get("SPLITS", 1) > 1,
+            }
+        )
+    )
+
+
+def call_all(rows: torch.Tensor) -> None:
+    """Every launcher; in fp32 with every option that the kernels specialise on, in the other types with one of each."""
+    thorough = rows.dtype == torch.float32
+    alpha = torch.zeros(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
+    kernels.interpolate(rows, rows, alpha)
+    for needed in ((True, True), (True, False), (False, True))[: 3 if thorough else 1]:
+        kernels.interpolate_adjoint(rows, alpha, *needed)
+    forms = (False, False, "mean"), (True, False, "none"), (False, True, "mean")
+    for one_sided, squared, reduction in forms[: 3 if thorough else 1]:
+        form = arguments.form(1.0, one_sided, 1e-12, 1.0, reduction, rows=len(rows), squared=squared)
+        penalty, norms = kernels.penalty_forward(rows, form)
+        kernels.penalty_backward(rows, norms, torch.ones_like(penalty), form)
+        for upstream_needed in (True, False)[: 2 if thorough else 1]:
+            kernels.penalty_double_backward(rows, norms, torch.ones_like(penalty), rows, form, upstream_needed)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,195 @@
+"""Bad input: a ValueError or TypeError that names the argument, what came and what was wanted; the critic unrun."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate
+
+GOOD = torch.randn(4, 3)
+
+
+def critic(x):
+    return x.square().sum(1)
+
+
+def never(x):
+    raise AssertionError("the critic ran before its arguments were checked")
+
+
+SAMPLES = [
+    ([1.0, 2.0], TypeError, "{} must be a torch.Tensor, got list"),
+    (None, TypeError, "{} must be a torch.Tensor, got NoneType"),
+    (torch.ones(4, 3, dtype=torch.int64), TypeError, "{} must be fp16, bf16, fp32 or fp64, got torch.int64"),
+    (torch.ones(4, 3, dtype=torch.bool), TypeError, "{} must be fp16, bf16, fp32 or fp64, got torch.bool"),
+    (torch.ones(4, 3, dtype=torch.complex64), TypeError, "{} must be fp16, bf16, fp32 or fp64, got torch.complex64"),
+    (torch.eye(3).to_sparse(), TypeError, "{} must be a dense tensor, got layout torch.sparse_coo"),
+    (torch.tensor(1.0), ValueError, r"{} must have the batch as its first dimension, got a tensor of shape \(\)"),
+    (torch.ones(0, 3), ValueError, r"{} must hold at least one sample of at least one element, got shape \(0, 3\)"),
+    (torch.ones(3, 0), ValueError, r"{} must hold at least one sample of at least one element, got shape \(3, 0\)"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), SAMPLES)
+def test_samples(value, error, message):
+    for call, name in (
+        (lambda: fused_gradient_penalty(never, value, GOOD), "real"),
+        (lambda: fused_gradient_penalty(never, GOOD, value), "fake"),
+        (lambda: interpolate(value, GOOD, 0.5), "real"),
+        (lambda: interpolate(GOOD, value, 0.5), "fake"),
+        (lambda: gradient_norm_penalty(value), "gradients"),
+    ):
+        with pytest.raises(error, match=message.format(name)):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("fake", "error", "message"),
+    [
+        (torch.randn(4, 2), ValueError, r"one shape, got shape \(4, 3\) and shape \(4, 2\)"),
+        (torch.randn(1, 3), ValueError, r"one shape, got shape \(4, 3\) and shape \(1, 3\)"),
+        (torch.randn(3), ValueError, r"one shape, got shape \(4, 3\) and shape \(3,\)"),
+        (torch.randn(4, 3).half(), TypeError, "one dtype, got torch.float32 and torch.float16"),
+        (torch.randn(4, 3, device="meta"), ValueError, "one device, got cpu and meta"),
+    ],
+)
+def test_real_and_fake_are_alike(fake, error, message):
+    for call in (lambda: fused_gradient_penalty(never, GOOD, fake), lambda: interpolate(GOOD, fake, 0.5)):
+        with pytest.raises(error, match="real and fake must .*" + message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "error", "message"),
+    [
+        (10, ValueError, r"alpha, the place between real \(0\) and fake \(1\), must be in \[0, 1\], got 10.*`weight`"),
+        (-0.1, ValueError, r"alpha.* must be in \[0, 1\], got -0.1"),
+        (float("nan"), ValueError, "alpha must be a finite number, got nan"),
+        ("half", TypeError, "alpha must be a number, got str"),
+        (True, TypeError, "alpha must be a number, got bool"),
+        (torch.rand(4, 3), ValueError, r"alpha must be one number per sample.*got shape \(4, 3\)"),
+        (torch.rand(1), ValueError, r"alpha must be one number per sample.*got shape \(1,\)"),
+        (torch.rand(1, 1), ValueError, r"alpha must be one number per sample.*got shape \(1, 1\)"),
+        (torch.rand(1, 4), ValueError, r"alpha must be one number per sample.*got shape \(1, 4\)"),
+        (torch.rand(4, 1, 1), ValueError, r"alpha must be one number per sample.*got shape \(4, 1, 1\)"),
+        (torch.ones(4, dtype=torch.int64), TypeError, "alpha must be a floating tensor, got torch.int64"),
+        (torch.rand(4, device="meta"), ValueError, "alpha must be on the device of real, cpu, got meta"),
+    ],
+)
+def test_alpha(alpha, error, message):
+    for call in (
+        lambda: fused_gradient_penalty(never, GOOD, GOOD, alpha=alpha),
+        lambda: interpolate(GOOD, GOOD, alpha),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target": -1.0}, ValueError, "target must be a finite number >= 0, got -1.0"),
+        ({"target": float("nan")}, ValueError, "target must be a finite number >= 0, got nan"),
+        ({"target": torch.tensor(1.0)}, TypeError, "target must be a number, got Tensor"),
+        ({"eps": -1e-12}, ValueError, "eps must be a finite number >= 0, got -1e-12"),
+        ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
+        ({"weight": "10"}, TypeError, "weight must be a number, got str"),
+        ({"weight": float("inf")}, ValueError, "weight must be a finite number, got inf"),
+        ({"weight": True}, TypeError, "weight must be a number, got bool"),
+        ({"one_sided": 1}, TypeError, "one_sided must be True or False, got 1"),
+        ({"one_sided": "no"}, TypeError, "one_sided must be True or False, got 'no'"),
+        ({"return_norms": None}, TypeError, "return_norms must be True or False, got None"),
+        ({"reduction": "avg"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'avg'"),
+        ({"reduction": None}, ValueError, "reduction must be 'mean', 'sum' or 'none', got None"),
+        ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton' or 'torch', got 'cuda'"),
+    ],
+)
+def test_options(options, error, message):
+    for call in (
+        lambda: fused_gradient_penalty(never, GOOD, GOOD, **options),
+        lambda: gradient_norm_penalty(GOOD, **options),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"grad_scale": 0.0}, ValueError, "grad_scale must be a finite number > 0, got 0.0"),
+        ({"grad_scale": float("inf")}, ValueError, "grad_scale must be a finite number > 0, got inf"),
+        ({"squared": 1}, TypeError, "squared must be True or False, got 1"),
+    ],
+)
+def test_options_of_the_op_alone(options, error, message):
+    with pytest.raises(error, match=message):
+        gradient_norm_penalty(GOOD, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"critic_args": GOOD}, TypeError, "critic_args must be a tuple or list of arguments, got Tensor"),
+        ({"critic_args": "labels"}, TypeError, "critic_args must be a tuple or list of arguments, got str"),
+        ({"critic_kwargs": [1]}, TypeError, "critic_kwargs must be a dict of arguments, got list"),
+        ({"generator": 5}, TypeError, "generator must be a torch.Generator, got int"),
+        ({"generator": torch.Generator(), "alpha": 0.5}, ValueError, "got both alpha and generator"),
+    ],
+)
+def test_options_of_the_call_alone(options, error, message):
+    with pytest.raises(error, match=message):
+        fused_gradient_penalty(never, GOOD, GOOD, **options)
+
+
+def test_generator_of_another_device():
+    real = torch.randn(4, 3, device="meta")
+    with pytest.raises(ValueError, match="generator must be on the device of real, meta, got cpu"):
+        fused_gradient_penalty(never, real, real, generator=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("critic", "error", "message"),
+    [
+        (None, TypeError, "critic must be callable, got NoneType"),
+        (GOOD, TypeError, "critic must be callable, got Tensor"),
+        (lambda x: (x, x), TypeError, r"got a tuple of 2: wrap it to pick one, lambda x: critic\(x\)\[0\]"),
+        (lambda x: [x], TypeError, "got a list of 1: wrap it"),
+        (lambda x: {"scores": x}, TypeError, r"got a dict with \['scores'\]: wrap it"),
+        (lambda x: 1.0, TypeError, "critic must return one tensor of scores, got float"),
+        (lambda x: x > 0, TypeError, "critic must return floating scores, got torch.bool"),
+        (lambda x: torch.complex(x, x), TypeError, "critic must return floating scores, got torch.complex64"),
+        (lambda x: x.mean(), ValueError, r"at least one score per sample, got shape \(\) for 4 samples"),
+        (lambda x: x.mean(0), ValueError, r"at least one score per sample, got shape \(3,\) for 4 samples"),
+        (lambda x: x.detach().sum(1), ValueError, "scores that depend on the samples it is given, got scores that do"),
+        (lambda x: torch.ones(4), ValueError, "scores that depend on the samples it is given, got scores that do not"),
+        (
+            lambda x: torch.ones(4, requires_grad=True) * 2,
+            ValueError,
+            "scores that depend on the samples it is given, got scores that do not",
+        ),
+    ],
+)
+def test_critic(critic, error, message):
+    with pytest.raises(error, match=message):
+        fused_gradient_penalty(critic, GOOD, GOOD + 1)
+
+
+def test_one_sample_may_have_one_scalar_score():
+    penalty = fused_gradient_penalty(lambda x: x.square().sum(), GOOD[:1], GOOD[1:2])
+    assert penalty.isfinite()
+
+
+def test_triton_on_cpu_without_the_interpreter_says_what_to_do():
+    """In a process of its own: here the kernels are interpreted."""
+    code = (
+        "import torch, fused_gp\n"
+        "try: fused_gp.gradient_norm_penalty(torch.ones(2, 2), backend='triton')\n"
+        "except ValueError as error: print(error)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "backend='triton' cannot run on cpu tensors: use backend='auto' or 'torch'" in printed.stdout
+    assert "TRITON_INTERPRET=1" in printed.stdout

@@ -1,0 +1,84 @@
+"""What an import costs, and what is installed, seen from processes of their own."""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, **options):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_import_loads_no_triton_and_makes_no_cuda_context():
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fused_gp\n"
+        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "fused_gp.fused_gradient_penalty(lambda x: x.square().sum(1), torch.ones(2, 2), torch.zeros(2, 2))\n"
+        "assert 'triton' not in sys.modules and 'fused_gp.kernels' not in sys.modules\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert loaded <= {'fused_gp'} | set(sys.stdlib_module_names), loaded\n"
+    )
+    run(sys.executable, "-c", code)
+
+
+def test_public_names():
+    import fused_gp
+
+    for name in fused_gp.__all__:
+        assert getattr(fused_gp, name).__doc__
+    assert not [name for name in vars(fused_gp.reference) if name.endswith("penalty") and not hasattr(fused_gp, name)]
+
+
+def test_bug_report():
+    printed = run(sys.executable, "-m", "fused_gp")
+    assert "torch" in printed
+    assert "cpu" in printed
+    assert "parity passed" in printed
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built as for PyPI, from a copy of the files that make it, in the environment at hand."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_kernels_inside_the_package(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    kernels = {path.name for path in (ROOT / "kernels").glob("*.py")}
+    package = {path.name for path in (ROOT / "fused_gp").glob("*.py")} | {"py.typed"}
+    assert {name.removeprefix("fused_gp/kernels/") for name in names if name.startswith("fused_gp/kernels/")} == kernels
+    assert {n.removeprefix("fused_gp/") for n in names if n.startswith("fused_gp/") and n.count("/") == 1} == package
+    assert {name.partition("/")[0] for name in names} == {"fused_gp", names[-1].partition("/")[0]}  # and dist-info
+
+
+def test_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    """Beside a torch that is there already; no top-level module named `kernels` comes with it."""
+    venv.create(tmp_path / "venv", with_pip=True, system_site_packages=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel))
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    # The packages of this environment come after its own, so that `import fused_gp` finds the wheel's.
+    here = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    (site / "borrowed.pth").write_text(here)
+    code = (
+        "import importlib.util, fused_gp, fused_gp.kernels, torch\n"
+        f"assert fused_gp.__file__.startswith({str(site)!r}), fused_gp.__file__\n"
+        f"assert fused_gp.kernels.__file__.startswith({str(site)!r}), fused_gp.kernels.__file__\n"
+        "assert importlib.util.find_spec('kernels') is None\n"
+        "print(fused_gp.gradient_norm_penalty(torch.full((2, 4), 1.0)).item())\n"
+    )
+    assert float(run(python, "-c", code, cwd=tmp_path)) == pytest.approx(1.0)

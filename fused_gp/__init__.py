@@ -1,6 +1,6 @@
 """Gradient penalties for GAN critics: fused kernels with double backward behind one drop-in call.
 
-    loss = fake_score.mean() - real_score.mean() + fused_gradient_penalty(critic, real, fake, weight=10)
+loss = fake_score.mean() - real_score.mean() + fused_gradient_penalty(critic, real, fake, weight=10)
 """
 
 from . import reference

@@ -26,17 +26,19 @@ def samples(name: str, value: Any) -> None:
         raise ValueError(f"{name} must hold at least one sample of at least one element, got {_shape(value)}")
 
 
-def alike(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Same shape, dtype and device: nothing is broadcast, promoted or moved."""
-    if value.shape != other.shape:
-        raise ValueError(f"{name} and {other_name} must have one shape, got {_shape(value)} and {_shape(other)}")
-    if value.dtype != other.dtype:
+def pair(real: Any, fake: Any) -> None:
+    """Two batches of samples of one shape, dtype and device: nothing is broadcast, promoted or moved."""
+    samples("real", real)
+    samples("fake", fake)
+    if fake.shape == real.shape and fake.dtype == real.dtype and fake.device == real.device:
+        return
+    if fake.shape != real.shape:
+        raise ValueError(f"real and fake must have one shape, got {_shape(real)} and {_shape(fake)}")
+    if fake.dtype != real.dtype:
         raise TypeError(
-            f"{name} and {other_name} must have one dtype, got {value.dtype} and {other.dtype}: "
-            f"convert one, {other_name}.to({name}.dtype)"
+            f"real and fake must have one dtype, got {real.dtype} and {fake.dtype}: convert one, fake.to(real.dtype)"
         )
-    if value.device != other.device:
-        raise ValueError(f"{name} and {other_name} must be on one device, got {value.device} and {other.device}")
+    raise ValueError(f"real and fake must be on one device, got {real.device} and {fake.device}")
 
 
 def alpha(value: Any, real: Tensor) -> Tensor:
@@ -55,14 +57,15 @@ def alpha(value: Any, real: Tensor) -> Tensor:
         raise TypeError(f"alpha must be a floating tensor, got {value.dtype}")
     if value.device != real.device:
         raise ValueError(f"alpha must be on the device of real, {real.device}, got {value.device}")
-    if value.ndim and (value.numel() != batch or value.shape[0] != batch or value.ndim not in (1, real.ndim)):
+    dims = value.ndim
+    if dims and (value.shape[0] != batch or value.numel() != batch or (dims != 1 and dims != real.ndim)):
         raise ValueError(
             f"alpha must be one number per sample, of shape ({batch},) or ({batch}, 1, ..., 1), or one number for all, "
             f"got {_shape(value)} for real of {_shape(real)}"
         )
-    if value.ndim != 1:
-        value = value.reshape(batch) if value.ndim else value.expand(batch)
-    return value.to(dtype).contiguous()
+    if dims != 1:
+        value = value.reshape(batch) if dims else value.expand(batch)
+    return (value if value.dtype == dtype else value.to(dtype)).contiguous()
 
 
 def generator(value: Any, device: torch.device) -> None:

@@ -36,9 +36,7 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float, *, backend: s
 
     From Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, algorithm 1.
     """
-    arguments.samples("real", real)
-    arguments.samples("fake", fake)
-    arguments.alike("real", real, "fake", fake)
+    arguments.pair(real, fake)
     return interpolate_rows(real, fake, arguments.alpha(alpha, real), backend_for(backend, real))
 
 
@@ -69,13 +67,13 @@ class Interpolate(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        alpha, *ends = ctx.saved_tensors
+        alpha, *ends = ctx.saved_tensors  # ends: real and fake, where alpha needs them
         real_needed, fake_needed, alpha_needed, _ = ctx.needs_input_grad
         real_grad = fake_grad = alpha_grad = None
         if real_needed or fake_needed:
             real_grad, fake_grad = InterpolateAdjoint.apply(cotangent, alpha, real_needed, fake_needed, ctx.ops)
         if alpha_needed:
-            alpha_grad = alpha_gradient(cotangent, *ends, alpha.dtype)
+            alpha_grad = alpha_gradient(cotangent, ends[0], ends[1], alpha.dtype)
         return real_grad, fake_grad, alpha_grad, None
 
 
@@ -93,7 +91,7 @@ class InterpolateAdjoint(FusedFunction):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, real_cotangent: Tensor | None, fake_cotangent: Tensor | None) -> Any:
+    def backward(ctx: Any, real_cotangent: Any, fake_cotangent: Any) -> Any:  # either may be None
         alpha, *cotangent = ctx.saved_tensors
         real_given, fake_given = real_cotangent is not None, fake_cotangent is not None
         grad = alpha_grad = None
@@ -104,7 +102,7 @@ class InterpolateAdjoint(FusedFunction):
             grads = InterpolateAdjoint.apply(given, alpha, real_given, fake_given, ctx.ops)
             grad = grads[0] if real_given else grads[1]
         if ctx.needs_input_grad[1] and (real_given or fake_given):
-            alpha_grad = alpha_gradient(*cotangent, real_cotangent, fake_cotangent, alpha.dtype)
+            alpha_grad = alpha_gradient(cotangent[0], real_cotangent, fake_cotangent, alpha.dtype)
         return grad, alpha_grad, None, None, None
 
 

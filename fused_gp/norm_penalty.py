@@ -18,7 +18,7 @@ def gradient_norm_penalty(gradients: Tensor, *, return_norms: Literal[False] = F
 def gradient_norm_penalty(
     gradients: Tensor, *, return_norms: Literal[True], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
-def gradient_norm_penalty(
+def gradient_norm_penalty(  # type: ignore[misc]  # the overloads leave the options to this signature
     gradients: Tensor,
     *,
     target: float = 1.0,

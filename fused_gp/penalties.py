@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, overload
 from weakref import WeakSet
 
@@ -12,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import arguments
 from .backends import backend_for
+from .form import PenaltyForm, accumulation_type
 from .interpolation import interpolate_rows
 from .norm_penalty import penalise_rows
 
@@ -24,7 +24,7 @@ def fused_gradient_penalty(
 def fused_gradient_penalty(
     critic: Callable[..., Tensor], real: Tensor, fake: Tensor, *, return_norms: Literal[True], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
-def fused_gradient_penalty(
+def fused_gradient_penalty(  # type: ignore[misc]  # the overloads leave the options to this signature
     critic: Callable[..., Tensor],
     real: Tensor,
     fake: Tensor,
@@ -60,8 +60,8 @@ def fused_gradient_penalty(
         real: (B, ...) fp16, bf16, fp32 or fp64, any number of dimensions from 1, any memory format.
         fake: tensor of the same shape, dtype and device. Detach it in the critic's step; attached to a generator,
             the penalty's gradient flows into it.
-        alpha: where between real (0) and fake (1), instead of at random: a number in [0, 1], or a floating tensor of shape (),
-            (B,) or (B, 1, ..., 1).
+        alpha: where between real (0) and fake (1), instead of at random: a number in [0, 1], or a floating tensor of
+            shape (), (B,) or (B, 1, ..., 1).
         generator: where alpha is drawn from, exactly as ``torch.rand(B, 1, ..., 1, generator=generator)`` draws it,
             before the critic runs. Codes with alpha on *real* get the same numbers with real and fake swapped.
         target: the norm t to reach, >= 0.
@@ -91,9 +91,7 @@ def fused_gradient_penalty(
     regularization of Wasserstein GANs", 2018.
     """
     arguments.critic(critic, critic_args, critic_kwargs)
-    arguments.samples("real", real)
-    arguments.samples("fake", fake)
-    arguments.alike("real", real, "fake", fake)
+    arguments.pair(real, fake)
     arguments.flag("return_norms", return_norms)
     arguments.generator(generator, real.device)
     if alpha is not None and generator is not None:
@@ -102,22 +100,42 @@ def fused_gradient_penalty(
     ops = backend_for(backend, real)
     _warn_of_batch_norm(critic)
 
-    # Under no_grad the penalty is a value, but the input gradient inside it still needs a graph for a while.
-    create_graph = torch.is_grad_enabled()
-    leave_inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-    with leave_inference:
-        if alpha is None:
-            # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
-            # everybody's torch.rand(B, 1, 1, 1): a seed gives the same numbers here and there.
-            alpha = torch.rand(real.shape[0], generator=generator, device=real.device)
-        x_hat = interpolate_rows(real, fake, arguments.alpha(alpha, real), ops)
-        if not x_hat.requires_grad:
-            x_hat.requires_grad_()
-        with torch.enable_grad():
-            scores = critic(x_hat, *critic_args, **(critic_kwargs or {}))
-        gradients = _input_gradient(scores, x_hat, create_graph)
-        penalty, norms = penalise_rows(gradients, form, ops)
+    if torch.is_grad_enabled():
+        penalty, norms = _penalty_and_norms(critic, real, fake, alpha, generator, form, critic_args, critic_kwargs, ops)
+    else:  # the penalty is a value then, but the input gradient inside it still needs a graph for a while
+        with torch.inference_mode(False), torch.enable_grad():
+            detached = real.detach(), fake.detach()
+            penalty, norms = _penalty_and_norms(
+                critic, *detached, alpha, generator, form, critic_args, critic_kwargs, ops, create_graph=False
+            )
+            penalty = penalty.detach()
     return (penalty, norms) if return_norms else penalty
+
+
+def _penalty_and_norms(
+    critic: Callable[..., Tensor],
+    real: Tensor,
+    fake: Tensor,
+    alpha: Tensor | float | None,
+    generator: torch.Generator | None,
+    form: PenaltyForm,
+    critic_args: Sequence[Any],
+    critic_kwargs: Mapping[str, Any] | None,
+    ops: Any,
+    create_graph: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The call on checked arguments, alpha apart."""
+    if alpha is None:
+        # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
+        # everybody's torch.rand(B, 1, 1, 1): a seed gives the same numbers here and there.
+        place = torch.rand(real.shape[0], generator=generator, device=real.device).to(accumulation_type(real.dtype))
+    else:
+        place = arguments.alpha(alpha, real)
+    x_hat = interpolate_rows(real, fake, place, ops)
+    if not x_hat.requires_grad:
+        x_hat.requires_grad_()
+    scores = critic(x_hat, *critic_args, **(critic_kwargs or {}))
+    return penalise_rows(_input_gradient(scores, x_hat, create_graph), form, ops)
 
 
 def _input_gradient(scores: Tensor, x_hat: Tensor, create_graph: bool) -> Tensor:

@@ -56,7 +56,9 @@ def gradient_norm_penalty(
         penalty = (norms - target).clamp(min=0) ** 2
     else:
         penalty = (norms - target) ** 2
-    penalty = weight * {"mean": penalty.mean, "sum": penalty.sum, "none": lambda: penalty}[reduction]()
+    if reduction != "none":
+        penalty = penalty.mean() if reduction == "mean" else penalty.sum()
+    penalty = weight * penalty
     return (penalty, norms.detach()) if return_norms else penalty
 
 

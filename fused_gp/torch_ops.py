@@ -37,7 +37,8 @@ def penalty_forward(gradients: Tensor, form: PenaltyForm) -> tuple[Tensor, Tenso
     if form.kappa != 1:
         norms *= form.kappa
     if form.eps and not form.squared:
-        norms = torch.addcmul(torch.full((), form.eps, dtype=norms.dtype, device=norms.device), norms, norms).sqrt_()
+        eps = torch.full((), form.eps, dtype=norms.dtype, device=norms.device)
+        norms = torch.addcmul(eps, norms, norms).sqrt_()
     distance = norms if form.squared else _excess(norms, form)
     penalty = torch.dot(distance, distance) if form.reduce else distance.square()
     return penalty.mul_(form.scale), norms

@@ -123,9 +123,9 @@ def reduce_rows_kernel(
                     index = first + tl.arange(0, BLOCK)
                     grand_total += tl.sum(tl.load(partials + index, mask=index < programs, other=0.0), axis=0)
             else:
-                BLOCK: tl.constexpr = 1024 // SPLITS
-                for first in range(0, rows, BLOCK):
-                    each = (first + tl.arange(0, BLOCK)).to(tl.int64)
+                FEW: tl.constexpr = 1024 // SPLITS
+                for first in range(0, rows, FEW):
+                    each = (first + tl.arange(0, FEW)).to(tl.int64)
                     known = each < rows
                     index = each[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
                     row_sums = tl.sum(tl.load(partials + index, mask=known[:, None], other=0.0), axis=1)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tolerances import assert_near
 
 from fused_gp import gradient_norm_penalty, interpolate, reference
+
+from tolerances import assert_near
 
 FORMS = [{}, {"one_sided": True}, {"squared": True}, {"reduction": "none"}]
 

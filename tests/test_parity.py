@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from conftest import Place
-from tolerances import assert_near, row
 
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference
+
+from conftest import Place
+from tolerances import assert_near, row
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -182,7 +183,10 @@ def test_call(place, critic, options):
     critic = CRITICS[critic]().double().to(place.device)
     real, fake = (torch.randn(4, 3, 4, 4, dtype=torch.float64, device=place.device) for _ in range(2))
     results = []
-    for function, extra in ((fused_gradient_penalty, {"backend": place.backend}), (reference.fused_gradient_penalty, {})):
+    for function, extra in (
+        (fused_gradient_penalty, {"backend": place.backend}),
+        (reference.fused_gradient_penalty, {}),
+    ):
         torch.manual_seed(3)
         penalty, norms = function(critic, real, fake, return_norms=True, **options, **extra)
         weights = torch.autograd.grad(penalty, list(critic.parameters()), materialize_grads=True)

@@ -1,0 +1,38 @@
+# Every target sets itself up in .venv, at the versions in constraints.txt. ARGS reaches the program: make demo ARGS=--quick
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: demo test test-gpu bench lint clean
+
+demo: .venv/demo
+	$(BIN)/python examples/digits.py $(ARGS)
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+# The kernels compiled and run on the device at hand instead of interpreted. Needs the packages, no network.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu $(ARGS)
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks.ops $(ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv out build dist *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml setup.py constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e '.[examples]'
+	touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml setup.py constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@ .venv/demo

@@ -1,0 +1,1 @@
+"""How fast, against what people write by hand. Run from the checkout: `make bench`."""

@@ -83,6 +83,8 @@ def penalise_rows(gradients: Tensor, form: PenaltyForm, ops: Any) -> tuple[Tenso
 
 
 class NormPenalty(FusedFunction):
+    """(R, N) gradients -> penalty and norms, the norms without a derivative of their own."""
+
     @staticmethod
     def forward(gradients: Tensor, form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
         return ops.penalty_forward(gradients, form)
@@ -97,13 +99,11 @@ class NormPenalty(FusedFunction):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
         gradients, norms = ctx.saved_tensors
-        # Grad mode is on here exactly when the caller asked for create_graph.
-        backward = NormPenaltyBackward.apply if torch.is_grad_enabled() else penalty_backward
-        return backward(gradients, norms, upstream, ctx.form, ctx.ops), None, None
-
-
-def penalty_backward(gradients: Tensor, norms: Tensor, upstream: Tensor, form: PenaltyForm, ops: Any) -> Tensor:
-    return ops.penalty_backward(gradients, norms, upstream, form)
+        if torch.is_grad_enabled():  # with create_graph
+            gradients_grad = NormPenaltyBackward.apply(gradients, norms, upstream, ctx.form, ctx.ops)
+        else:
+            gradients_grad = ctx.ops.penalty_backward(gradients, norms, upstream, ctx.form)
+        return gradients_grad, None, None
 
 
 class NormPenaltyBackward(FusedFunction):
@@ -111,7 +111,7 @@ class NormPenaltyBackward(FusedFunction):
 
     @staticmethod
     def forward(gradients: Tensor, norms: Tensor, upstream: Tensor, form: PenaltyForm, ops: Any) -> Tensor:
-        return penalty_backward(gradients, norms, upstream, form, ops)
+        return ops.penalty_backward(gradients, norms, upstream, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

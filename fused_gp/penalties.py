@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import arguments
 from .backends import backend_for
-from .form import PenaltyForm, accumulation_type
+from .form import PenaltyForm
 from .interpolation import interpolate_rows
 from .norm_penalty import penalise_rows
 
@@ -128,10 +128,8 @@ def _penalty_and_norms(
     if alpha is None:
         # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
         # everybody's torch.rand(B, 1, 1, 1): a seed gives the same numbers here and there.
-        place = torch.rand(real.shape[0], generator=generator, device=real.device).to(accumulation_type(real.dtype))
-    else:
-        place = arguments.alpha(alpha, real)
-    x_hat = interpolate_rows(real, fake, place, ops)
+        alpha = torch.rand(real.shape[0], generator=generator, device=real.device)
+    x_hat = interpolate_rows(real, fake, arguments.alpha(alpha, real), ops)
     if not x_hat.requires_grad:
         x_hat.requires_grad_()
     scores = critic(x_hat, *critic_args, **(critic_kwargs or {}))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ def samples(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}: convert it with .float()")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}: convert it with .to_dense()")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else f'layout {value.layout}'}"
+        )
     if value.ndim == 0:
         raise ValueError(f"{name} must have the batch as its first dimension, got a tensor of shape ()")
     if value.numel() == 0:
@@ -42,7 +45,7 @@ def pair(real: Any, fake: Any) -> None:
 
 
 def alpha(value: Any, real: Tensor) -> Tensor:
-    """alpha as (B,) in the accumulation type of `real`."""
+    """alpha as a column, (B, 1), in the accumulation type of `real`."""
     batch = real.shape[0]
     dtype = accumulation_type(real.dtype)
     if not isinstance(value, Tensor):
@@ -52,7 +55,7 @@ def alpha(value: Any, real: Tensor) -> Tensor:
                 f"alpha, the place between real (0) and fake (1), must be in [0, 1], got {value!r}; "
                 "the coefficient of the penalty is `weight`"
             )
-        return torch.full((batch,), weight, dtype=dtype, device=real.device)
+        return torch.full((batch, 1), weight, dtype=dtype, device=real.device)
     if value.dtype not in FLOATING:
         raise TypeError(f"alpha must be a floating tensor, got {value.dtype}")
     if value.device != real.device:
@@ -63,9 +66,9 @@ def alpha(value: Any, real: Tensor) -> Tensor:
             f"alpha must be one number per sample, of shape ({batch},) or ({batch}, 1, ..., 1), or one number for all, "
             f"got {_shape(value)} for real of {_shape(real)}"
         )
-    if dims != 1:
-        value = value.reshape(batch) if dims else value.expand(batch)
-    return (value if value.dtype == dtype else value.to(dtype)).contiguous()
+    if dims != 2:
+        value = value.reshape(batch, 1) if dims else value.expand(batch, 1)
+    return (value if value.dtype == dtype else value.to(dtype)).contiguous().resolve_neg()
 
 
 def generator(value: Any, device: torch.device) -> None:
@@ -146,13 +149,19 @@ def form(
 
 
 def number(name: str, value: Any, minimum: float = -math.inf, above: float = -math.inf) -> float:
-    """A finite Python number."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float))):
+    """A finite real number, Python's or numpy's."""
+    if type(value) is float and minimum <= value < math.inf and value > above:
+        return value  # the usual case, cheaply
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum or value <= above:
+    try:
+        converted = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        converted = math.inf
+    if not math.isfinite(converted) or converted < minimum or converted <= above:
         bound = f" >= {minimum}" if minimum > -math.inf else f" > {above}" if above > -math.inf else ""
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
-    return float(value)
+    return converted
 
 
 def flag(name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import arguments
 from .backends import backend_for
 from .function import FusedFunction
-from .rows import from_rows, storage_order, to_rows
+from .rows import from_rows, storage_order, to_rows, unit_stride
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float, *, backend: str = "auto") -> Tensor:
@@ -28,7 +28,7 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float, *, backend: s
     Returns:
         A new tensor of the shape and dtype of `real`, in its memory format.
 
-    Differentiable in real, fake and alpha, to every order.
+    Differentiable in real, fake and alpha, in reverse mode, to every order.
 
     Raises:
         TypeError: an argument is not of the kind above.
@@ -41,7 +41,7 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float, *, backend: s
 
 
 def interpolate_rows(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
-    """The op on checked arguments, alpha as (B,) in the accumulation type."""
+    """The op on checked arguments, alpha as (B, 1) in the accumulation type."""
     order = storage_order(real)
     batch = real.shape[0]
     real_rows, fake_rows = to_rows(real, order, batch), to_rows(fake, order, batch)
@@ -82,7 +82,7 @@ class InterpolateAdjoint(FusedFunction):
 
     @staticmethod
     def forward(cotangent: Tensor, alpha: Tensor, real_needed: bool, fake_needed: bool, ops: Any) -> Any:
-        return ops.interpolate_adjoint(_unit_stride(cotangent), alpha, real_needed, fake_needed)
+        return ops.interpolate_adjoint(unit_stride(cotangent), alpha, real_needed, fake_needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -96,7 +96,7 @@ class InterpolateAdjoint(FusedFunction):
         real_given, fake_given = real_cotangent is not None, fake_cotangent is not None
         grad = alpha_grad = None
         if ctx.needs_input_grad[0] and real_given and fake_given:
-            grad = Interpolate.apply(_unit_stride(real_cotangent), _unit_stride(fake_cotangent), alpha, ctx.ops)
+            grad = Interpolate.apply(unit_stride(real_cotangent), unit_stride(fake_cotangent), alpha, ctx.ops)
         elif ctx.needs_input_grad[0] and (real_given or fake_given):
             given = real_cotangent if real_given else fake_cotangent
             grads = InterpolateAdjoint.apply(given, alpha, real_given, fake_given, ctx.ops)
@@ -109,9 +109,4 @@ class InterpolateAdjoint(FusedFunction):
 def alpha_gradient(cotangent: Tensor, real: Tensor | None, fake: Tensor | None, dtype: torch.dtype) -> Tensor:
     """<cotangent_i, fake_i - real_i>, an absent one being zero, in torch operations that are differentiable."""
     span = (0 if fake is None else fake.to(dtype)) - (0 if real is None else real.to(dtype))
-    return (cotangent.to(dtype) * span).sum(1)
-
-
-def _unit_stride(rows: Tensor) -> Tensor:
-    """Cotangents may come expanded; the kernels read rows whose elements are neighbours."""
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    return (cotangent.to(dtype) * span).sum(1, keepdim=True)

@@ -9,7 +9,7 @@ from . import arguments
 from .backends import backend_for
 from .form import PenaltyForm, accumulation_type
 from .function import FusedFunction
-from .rows import storage_order, to_rows
+from .rows import storage_order, to_rows, unit_stride
 
 
 @overload
@@ -53,13 +53,14 @@ def gradient_norm_penalty(  # type: ignore[misc]  # the overloads leave the opti
         weight: the coefficient of the penalty, often called lambda.
         reduction: "mean", "sum" or "none".
         backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
-        return_norms: also return the norms :math:`n_i`, for logging.
+        return_norms: also return the norms :math:`n_i`, for logging. The backward needs them unchanged: copy them
+            before you change them in place.
 
     Returns:
         The penalty, a scalar, or (B,) with reduction "none"; with `return_norms`, the pair of it and the norms, (B,),
         detached. fp32, or fp64 for fp64 gradients.
 
-    Differentiable to every order: backward and double backward are fused, higher orders are plain torch.
+    Differentiable in reverse mode, to every order: backward and double backward are fused, higher orders plain torch.
 
     Raises:
         TypeError, ValueError: an argument is not of the kind above.
@@ -124,10 +125,8 @@ class NormPenaltyBackward(FusedFunction):
         if torch.is_grad_enabled():  # somebody will differentiate a third time
             gradients_grad, upstream_grad = differentiable_double_backward(gradients, upstream, cotangents, ctx.form)
         else:
-            if cotangents.stride(1) != 1:
-                cotangents = cotangents.contiguous()
             gradients_grad, upstream_grad = ctx.ops.penalty_double_backward(
-                gradients, norms, upstream, cotangents, ctx.form, ctx.needs_input_grad[2]
+                gradients, norms, upstream, unit_stride(cotangents), ctx.form, ctx.needs_input_grad[2]
             )
         return gradients_grad, None, upstream_grad, None, None
 
@@ -141,14 +140,16 @@ def differentiable_double_backward(
     u = cotangents.to(dtype) * form.kappa
     s = (g * u).sum(1)
     if form.squared:
-        w, bend = torch.full_like(s, 2.0), torch.zeros_like(s)
+        w, bend = torch.full_like(s, 2.0), None
     else:
         n_squared = g.square().sum(1) + form.eps
         n = torch.where(n_squared == 0, 1.0, n_squared).sqrt()  # no root of zero: its derivative would be NaN below
         flat = (n_squared == 0) | (n <= form.target) if form.one_sided else n_squared == 0
-        w = torch.where(flat, 0.0, 2 - 2 * form.target / n)
-        bend = torch.where(flat, 0.0, 2 * form.target / n**3)
-    a = upstream * (form.scale * form.kappa)
-    gradients_grad = (a * w)[:, None] * u + (a * bend * s)[:, None] * g
+        w = torch.where(flat, 0.0, 2 * (n - form.target) / n)
+        # (w'/n) s g = (2 t / n) (s / n) (g / n), in this order: 2 t / n^3 alone overflows for small n.
+        inverse = torch.where(flat, 0.0, 1 / n)
+        bend = (2 * form.target * inverse * (s * inverse))[:, None] * (g * inverse[:, None])
+    a = (upstream * (form.scale * form.kappa)).expand_as(s)[:, None]
+    gradients_grad = a * w[:, None] * u if bend is None else a * (w[:, None] * u + bend)
     upstream_grad = form.scale * w * s
     return gradients_grad.to(gradients.dtype), upstream_grad.sum() if form.reduce else upstream_grad

@@ -8,6 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from . import arguments
 from .backends import backend_for
@@ -78,7 +79,8 @@ def fused_gradient_penalty(  # type: ignore[misc]  # the overloads leave the opt
         detached. fp32, or fp64 for fp64 samples. Under ``torch.no_grad()`` or ``inference_mode()`` it is the value
         alone, without a graph.
 
-    Differentiable to every order in which the critic is. No tensor of the caller's is changed, no ``.grad`` written.
+    Differentiable in reverse mode, to every order in which the critic is. No tensor of the caller's is changed, no
+    ``.grad`` written.
 
     Raises:
         TypeError: an argument is not of the kind above, or the critic returns something other than one tensor.
@@ -104,9 +106,13 @@ def fused_gradient_penalty(  # type: ignore[misc]  # the overloads leave the opt
         penalty, norms = _penalty_and_norms(critic, real, fake, alpha, generator, form, critic_args, critic_kwargs, ops)
     else:  # the penalty is a value then, but the input gradient inside it still needs a graph for a while
         with torch.inference_mode(False), torch.enable_grad():
-            detached = real.detach(), fake.detach()
+            real, fake = real.detach(), fake.detach()
+            # Labels made under inference_mode cannot be saved for a backward; their copies can.
+            critic_args, critic_kwargs = tree_map_only(
+                Tensor, lambda t: t.clone() if t.is_inference() else t, (critic_args, critic_kwargs)
+            )
             penalty, norms = _penalty_and_norms(
-                critic, *detached, alpha, generator, form, critic_args, critic_kwargs, ops, create_graph=False
+                critic, real, fake, alpha, generator, form, critic_args, critic_kwargs, ops, create_graph=False
             )
             penalty = penalty.detach()
     return (penalty, norms) if return_norms else penalty
@@ -128,11 +134,14 @@ def _penalty_and_norms(
     if alpha is None:
         # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
         # everybody's torch.rand(B, 1, 1, 1): a seed gives the same numbers here and there.
-        alpha = torch.rand(real.shape[0], generator=generator, device=real.device)
+        alpha = torch.rand((real.shape[0],) + (1,) * (real.ndim - 1), generator=generator, device=real.device)
     x_hat = interpolate_rows(real, fake, arguments.alpha(alpha, real), ops)
     if not x_hat.requires_grad:
         x_hat.requires_grad_()
+    version = x_hat._version
     scores = critic(x_hat, *critic_args, **(critic_kwargs or {}))
+    if x_hat._version != version:  # the gradient would silently be that with respect to what the critic made of it
+        raise ValueError("critic must leave its input as it is, got one that changes it in place: inplace=True first?")
     return penalise_rows(_input_gradient(scores, x_hat, create_graph), form, ops)
 
 
@@ -159,7 +168,11 @@ def _warn_of_batch_norm(critic: Any) -> None:
     if not isinstance(critic, torch.nn.Module) or critic in _seen:
         return
     norms = {name: module for name, module in critic.named_modules() if isinstance(module, _BatchNorm)}
-    training = [name or type(module).__name__ for name, module in norms.items() if module.training]
+    training = [
+        name or type(module).__name__
+        for name, module in norms.items()
+        if module.training or not module.track_running_stats  # both use the statistics of the batch
+    ]
     if training or not norms:  # nothing more to say; batch norm in eval mode may yet be put in training mode
         _seen.add(critic)
     if training:

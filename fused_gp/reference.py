@@ -18,7 +18,7 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float) -> Tensor:
     """x_hat_i = alpha_i fake_i + (1 - alpha_i) real_i."""
     dtype = accumulation_type(real.dtype)
     if not isinstance(alpha, Tensor):
-        alpha = torch.tensor(alpha)
+        alpha = torch.tensor(alpha, dtype=dtype)
     if alpha.ndim:
         alpha = alpha.reshape(-1, *[1] * (real.ndim - 1))
     alpha = alpha.to(real.device, dtype)

@@ -20,11 +20,17 @@ def storage_order(tensor: Tensor) -> Order | None:
 
 def to_rows(tensor: Tensor, order: Order | None, rows: int) -> Tensor:
     """(B, ...) -> (rows, N) with unit stride inside a row; copies only what cannot be viewed so."""
+    if tensor.ndim == 2 and tensor.stride(1) == 1 and not tensor.is_neg():
+        return tensor
     if order is not None:
         tensor = tensor.permute(order)
-    if tensor.ndim != 2 or tensor.shape[0] != rows:
-        tensor = tensor.reshape(rows, -1)
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+    return unit_stride(tensor.reshape(rows, -1))
+
+
+def unit_stride(rows: Tensor) -> Tensor:
+    """Rows as kernels read them: elements are neighbours (cotangents often come expanded), no negation is pending."""
+    rows = rows.resolve_neg()
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def from_rows(rows: Tensor, order: Order | None, like: Tensor) -> Tensor:

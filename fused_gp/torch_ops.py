@@ -15,11 +15,10 @@ CHUNK = 4096
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """(R, N) rows, (R,) alpha in the accumulation type -> new (R, N)."""
-    weight = alpha.unsqueeze(1)
-    if real.dtype == weight.dtype:
-        return torch.lerp(real, fake, weight)
-    return torch.lerp(real.to(weight.dtype), fake.to(weight.dtype), weight).to(real.dtype)
+    """(R, N) rows, (R, 1) alpha in the accumulation type -> new (R, N)."""
+    if real.dtype == alpha.dtype:
+        return torch.lerp(real, fake, alpha)
+    return torch.lerp(real.to(alpha.dtype), fake.to(alpha.dtype), alpha).to(real.dtype)
 
 
 def interpolate_adjoint(
@@ -37,8 +36,7 @@ def penalty_forward(gradients: Tensor, form: PenaltyForm) -> tuple[Tensor, Tenso
     if form.kappa != 1:
         norms *= form.kappa
     if form.eps and not form.squared:
-        eps = torch.full((), form.eps, dtype=norms.dtype, device=norms.device)
-        norms = torch.addcmul(eps, norms, norms).sqrt_()
+        norms = torch.addcmul(norms.new_full((), form.eps), norms, norms).sqrt_()
     distance = norms if form.squared else _excess(norms, form)
     penalty = torch.dot(distance, distance) if form.reduce else distance.square()
     return penalty.mul_(form.scale), norms
@@ -46,48 +44,47 @@ def penalty_forward(gradients: Tensor, form: PenaltyForm) -> tuple[Tensor, Tenso
 
 def penalty_backward(gradients: Tensor, norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
     """Upstream, a scalar or (R,) -> (R, N), the gradient of the penalty."""
-    return _scaled(gradients, _weighted(upstream * (2 * form.scale * form.kappa**2), norms, form))
+    weight = _row_weight(norms, form, form.scale * form.kappa**2).mul_(upstream)
+    return _scaled(gradients, weight.unsqueeze(1))
 
 
 def penalty_double_backward(
     gradients: Tensor, norms: Tensor, upstream: Tensor, cotangents: Tensor, form: PenaltyForm, upstream_needed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(R, N) cotangents of the backward -> gradients of its `gradients` and, where needed, of its `upstream`."""
-    factor = upstream * (2 * form.scale * form.kappa**2)
-    weight = _weighted(factor, norms, form)
+    factor = form.scale * form.kappa**2
+    weight = _row_weight(norms, form, factor).mul_(upstream)
     if form.squared and not upstream_needed:
-        return _scaled(cotangents, weight), None
+        return _scaled(cotangents, weight.unsqueeze(1)), None
     products = torch.mul(gradients.to(norms.dtype), cotangents)
     dots = products.sum(1).mul_(form.kappa**2)
 
     upstream_grad = None
     if upstream_needed:
-        upstream_grad = _weighted(dots * (2 * form.scale), norms, form)
+        upstream_grad = _row_weight(norms, form, form.scale).mul_(dots)
         upstream_grad = upstream_grad.sum() if form.reduce else upstream_grad
     if form.squared:
-        return _scaled(cotangents, weight), upstream_grad
+        return _scaled(cotangents, weight.unsqueeze(1)), upstream_grad
 
     # (w'/n) s g = (2 t / n) (s / n) (g / n), in this order: 2 t / n^3 alone overflows for small n.
-    inverse = norms.reciprocal().masked_fill_(_flat(norms, form), 0.0)
-    bend = (factor * inverse).mul_(form.target) * (dots * inverse)
+    flat = norms <= form.target if form.one_sided else norms == 0  # false for NaN, which stays NaN
+    inverse = norms.reciprocal().masked_fill_(flat, 0.0)
+    bend = (upstream * inverse).mul_(2 * form.target * factor) * (dots * inverse)
     grad = torch.mul(gradients, inverse[:, None], out=products).mul_(bend[:, None])
     return grad.addcmul_(cotangents, weight[:, None]).to(gradients.dtype), upstream_grad
 
 
-def _weighted(factor: Tensor, norms: Tensor, form: PenaltyForm) -> Tensor:
-    """factor * w(n) / 2, where w(n) = 2 - 2 t / n. Few operations: at GAN sizes each costs more than its work."""
+def _row_weight(norms: Tensor, form: PenaltyForm, factor: float) -> Tensor:
+    """factor * w(n), where w(n) = 2 (n - t) / n. Few operations: at GAN sizes each costs more than its work."""
     if form.squared:
-        return factor.expand_as(norms)
-    weighted = torch.addcdiv(factor, factor, norms, value=-form.target)
-    if form.one_sided or form.eps < 1e-30:  # such an eps leaves no norm at zero
-        weighted.masked_fill_(_flat(norms, form), 0.0)
-    return weighted
+        return torch.full_like(norms, 2 * factor)
+    weight = torch.addcdiv(norms.new_zeros(()), _excess(norms, form), norms, value=2 * factor)
+    return weight if form.eps >= 1e-30 else weight.masked_fill_(norms == 0, 0)  # such an eps leaves no norm at zero
 
 
-def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
-    """Each row times its factor, in the factor's precision, rounded once to the rows' type."""
-    column = factor.unsqueeze(1)
-    if rows.dtype == factor.dtype:
+def _scaled(rows: Tensor, column: Tensor) -> Tensor:
+    """Each row times its element of the column, in the column's precision, rounded once to the rows' type."""
+    if rows.dtype == column.dtype:
         return torch.mul(rows, column)
     return torch.mul(rows, column, out=torch.empty_like(rows))
 
@@ -108,8 +105,3 @@ def _row_norms(rows: Tensor) -> Tensor:
 def _excess(norms: Tensor, form: PenaltyForm) -> Tensor:
     difference = norms - form.target
     return difference.clamp_(min=0) if form.one_sided else difference  # clamp keeps NaN
-
-
-def _flat(norms: Tensor, form: PenaltyForm) -> Tensor:
-    """Rows where w' is zero: n = 0, or, one-sided, n <= t. False for NaN, which stays NaN."""
-    return norms <= form.target if form.one_sided else norms == 0

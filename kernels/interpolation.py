@@ -10,11 +10,10 @@ from .tiles import tile
 
 @triton.jit
 def interpolate_kernel(
-    real, fake, alpha, out, rows, width, real_stride, fake_stride, ROWS: tl.constexpr, COLS: tl.constexpr
+    real, fake, alpha, out, rows, width, tiles, real_stride, fake_stride, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     # out_i = alpha_i fake_i + (1 - alpha_i) real_i, in the precision of alpha. Exact at alpha = 0 and alpha = 1.
     acc = alpha.dtype.element_ty
-    tiles = tl.cdiv(width, COLS)
     row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     mask = (row < rows)[:, None] & (col < width)[None, :]
@@ -27,11 +26,10 @@ def interpolate_kernel(
 
 @triton.jit
 def interpolate_adjoint_kernel(
-    cotangent, alpha, real_grad, fake_grad, rows, width, stride, ROWS: tl.constexpr, COLS: tl.constexpr
+    cotangent, alpha, real_grad, fake_grad, rows, width, tiles, stride, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     # real_grad_i = (1 - alpha_i) cotangent_i,  fake_grad_i = alpha_i cotangent_i; a grad that is None is not written.
     acc = alpha.dtype.element_ty
-    tiles = tl.cdiv(width, COLS)
     row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     mask = (row < rows)[:, None] & (col < width)[None, :]
@@ -46,13 +44,14 @@ def interpolate_adjoint_kernel(
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """(R, N) rows with unit inner stride, (R,) alpha in the accumulation type -> new (R, N)."""
+    """(R, N) rows with unit inner stride, (R, 1) alpha in the accumulation type -> new (R, N)."""
     rows, width = real.shape
     out = real.new_empty(rows, width)
     tiling = tile(rows, width, real.element_size())
+    tiles = triton.cdiv(width, tiling.cols)
     launch(
-        interpolate_kernel, triton.cdiv(rows, tiling.rows) * triton.cdiv(width, tiling.cols), out,
-        real, fake, alpha, out, rows, width, real.stride(0), fake.stride(0), ROWS=tiling.rows, COLS=tiling.cols,
+        interpolate_kernel, triton.cdiv(rows, tiling.rows) * tiles, out,
+        real, fake, alpha, out, rows, width, tiles, real.stride(0), fake.stride(0), ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip
     return out
 
@@ -65,8 +64,10 @@ def interpolate_adjoint(
     real_grad = cotangent.new_empty(rows, width) if real_needed else None
     fake_grad = cotangent.new_empty(rows, width) if fake_needed else None
     tiling = tile(rows, width, cotangent.element_size())
+    tiles = triton.cdiv(width, tiling.cols)
     launch(
-        interpolate_adjoint_kernel, triton.cdiv(rows, tiling.rows) * triton.cdiv(width, tiling.cols), cotangent,
-        cotangent, alpha, real_grad, fake_grad, rows, width, cotangent.stride(0), ROWS=tiling.rows, COLS=tiling.cols,
+        interpolate_adjoint_kernel, triton.cdiv(rows, tiling.rows) * tiles, cotangent,
+        cotangent, alpha, real_grad, fake_grad, rows, width, tiles, cotangent.stride(0),
+        ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip
     return real_grad, fake_grad

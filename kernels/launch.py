@@ -39,11 +39,11 @@ def arrivals(device: torch.device) -> torch.Tensor:
     be replayed on any stream, so it gets one of its own.
     """
     if device.type == "cpu":  # the interpreter: one launch at a time
-        return torch.zeros(1, dtype=torch.int32)
-    module = torch.get_device_module(device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = module.current_stream(device).stream_id
+    with _current(device):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.zeros(1, dtype=torch.int32, device=device)
+    stream = torch.get_device_module(device).current_stream(device).stream_id
     counter = _arrivals.get((device, stream))
     if counter is None:
         counter = _arrivals[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)

@@ -34,6 +34,15 @@ def excess(n, target, ONE_SIDED: tl.constexpr):
 
 
 @triton.jit
+def root(x):
+    # Correctly rounded, so that a norm that is exactly the target comes out so; tl.sqrt is approximate in fp32.
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def row_weight(n, target, ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr):
     # w(n). A zero row (n = 0 needs eps = 0) has w = 0: it sits at the minimum of its own n.
     if SQUARED:
@@ -53,10 +62,10 @@ def finish_rows(
         n = tl.load(norms + row, mask=mask, other=1.0)
         value = row_weight(n, target, ONE_SIDED, SQUARED) * total * scale
     elif SQUARED:
-        tl.store(norms + row, tl.sqrt(total), mask=mask)
+        tl.store(norms + row, root(total), mask=mask)
         value = total * scale
     else:
-        n = tl.sqrt(total + eps)
+        n = root(total + eps)
         tl.store(norms + row, n, mask=mask)
         difference = excess(n, target, ONE_SIDED)
         value = difference * difference * scale
@@ -68,7 +77,7 @@ def finish_rows(
 @triton.jit
 def reduce_rows_kernel(
     gradients, cotangents, norms, dots, penalty, partials, arrived,
-    rows, width, gradients_stride, cotangents_stride,
+    rows, width, slice_width, gradients_stride, cotangents_stride,
     kappa: tl.float64, eps: tl.float64, target: tl.float64, scale: tl.float64,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr,
     ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, REDUCE: tl.constexpr,
@@ -85,8 +94,7 @@ def reduce_rows_kernel(
     program = tl.program_id(0)
     row = (program // SPLITS * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_batch = row < rows
-    slice_width = tl.cdiv(tl.cdiv(width, SPLITS), COLS).to(tl.int64) * COLS
-    begin = (program % SPLITS) * slice_width
+    begin = (program % SPLITS).to(tl.int64) * slice_width
     end = tl.minimum(begin + slice_width, width)
 
     sums = tl.zeros((ROWS, COLS), acc)
@@ -143,7 +151,7 @@ def reduce_rows_kernel(
 @triton.jit
 def scale_rows_kernel(
     gradients, cotangents, norms, dots, upstream, out,
-    rows, width, gradients_stride, cotangents_stride, upstream_stride,
+    rows, width, tiles, gradients_stride, cotangents_stride, upstream_stride,
     kappa: tl.float64, target: tl.float64, scale: tl.float64,
     ROWS: tl.constexpr, COLS: tl.constexpr, ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +161,6 @@ def scale_rows_kernel(
     target = tl.full((), target, acc)
     scale = tl.full((), scale, acc)
 
-    tiles = tl.cdiv(width, COLS)
     row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
     in_batch = row < rows
@@ -217,12 +224,13 @@ def _reduce_rows(
     reduce = form.reduce and penalty is not None
     tiling = reduction_tile(rows, width, gradients.element_size())
     programs = triton.cdiv(rows, tiling.rows) * tiling.splits
+    slice_width = triton.cdiv(triton.cdiv(width, tiling.splits), tiling.cols) * tiling.cols
     finishes = reduce or tiling.splits > 1  # only then are there partial sums, and somebody to finish them
     launch(
         reduce_rows_kernel, programs, gradients,
         gradients, cotangents, norms, dots, penalty,
         norms.new_empty(programs) if finishes else None, arrivals(gradients.device) if finishes else None,
-        rows, width, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
+        rows, width, slice_width, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
         form.kappa, form.eps, form.target, form.scale,
         ROWS=tiling.rows, COLS=tiling.cols, SPLITS=tiling.splits,
         ONE_SIDED=form.one_sided, SQUARED=form.squared, REDUCE=reduce,
@@ -238,12 +246,14 @@ def _scale_rows(
     form: PenaltyForm,
 ) -> Tensor:
     rows, width = gradients.shape
+    upstream = upstream.resolve_neg()
     out = gradients.new_empty(rows, width)
     tiling = tile(rows, width, gradients.element_size())
+    tiles = triton.cdiv(width, tiling.cols)
     launch(
-        scale_rows_kernel, triton.cdiv(rows, tiling.rows) * triton.cdiv(width, tiling.cols), gradients,
+        scale_rows_kernel, triton.cdiv(rows, tiling.rows) * tiles, gradients,
         gradients, cotangents, norms, dots, upstream, out,
-        rows, width, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
+        rows, width, tiles, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
         upstream.stride(0) if upstream.ndim else 0,
         form.kappa, form.target, form.scale,
         ROWS=tiling.rows, COLS=tiling.cols, ONE_SIDED=form.one_sided, SQUARED=form.squared,

@@ -49,5 +49,5 @@ def reduction_tile(rows: int, width: int, itemsize: int) -> Tiling:
     tiling = tile(rows, width, itemsize)
     if tiling.rows > 1 or rows >= FILL_PROGRAMS:
         return tiling
-    splits = min(FILL_PROGRAMS // rows, width // MIN_SLICE, MAX_SPLITS)
+    splits = min(FILL_PROGRAMS // rows, width // max(MIN_SLICE, tiling.cols), MAX_SPLITS)
     return tiling._replace(splits=_power_of_two_up_to(max(splits, 1)))

@@ -21,7 +21,10 @@ from fused_gp.kernels.tiles import NUM_WARPS
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Split rows, and several rows in one tile; both aligned, so that 16-byte accesses are possible.
-SHAPES = ((4, 8192), (64, 64))
+ALIGNED = ((4, 8192), (64, 64))
+
+# Sizes of 1 become constants of the kernel when it is compiled (not when it is interpreted); odd ones are unaligned.
+OTHER = ((4, 1), (1, 1), (1, 5), (3, 9001))
 
 
 def main(backend: str, arch: str, warp_size: str) -> None:
@@ -33,11 +36,18 @@ def main(backend: str, arch: str, warp_size: str) -> None:
     )
     interpolation.launch = norm_penalty.launch = compile_instead
     for dtype in DTYPES:
-        for shape in SHAPES:
-            call_all(torch.zeros(shape, dtype=dtype))
+        for shape in ALIGNED:
+            call_all(torch.zeros(shape, dtype=dtype), thorough=dtype == torch.float32)
+    for shape in OTHER:
+        call_all(torch.zeros(shape), thorough=False)
+    call_all(torch.zeros(4, 2)[:, :1], thorough=False)
 
 
 def compile_instead(kernel, programs, tensor, *args, **constants):
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    reads = [name for name in ("real", "fake", "cotangent", "gradients", "cotangents") if given.get(name) is not None]
+    if kernel.__name__ == "scale_rows_kernel" and constants["SQUARED"] and "cotangents" in reads:
+        reads.remove("gradients")  # w' = 0: they do not matter
     compiled = kernel.warmup(*args, **constants, num_warps=NUM_WARPS, enable_fp_fusion=True, grid=(programs,))
     asm = compiled.asm
     ptx = asm.get("ptx", "")
@@ -47,6 +57,8 @@ def compile_instead(kernel, programs, tensor, *args, **constants):
                 "kernel": kernel.__name__,
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "shape": list(tensor.shape),
+                "reads": len(reads),
+                "aligned": tuple(tensor.shape) in ALIGNED,
                 "binary": len(asm.get("cubin") or asm.get("hsaco")),
                 "loads": re.findall(r"ld\.global(?:\.[\w:]+)*", ptx),
                 "stores": re.findall(r"st\.global(?:\.[\w:]+)*", ptx),
@@ -58,9 +70,8 @@ def compile_instead(kernel, programs, tensor, *args, **constants):
     )
 
 
-def call_all(rows: torch.Tensor) -> None:
-    """Every launcher; in fp32 with every option that the kernels specialise on, in the other types with one of each."""
-    thorough = rows.dtype == torch.float32
+def call_all(rows: torch.Tensor, thorough: bool) -> None:
+    """Every launcher; thoroughly with every option that the kernels specialise on, otherwise with one of each."""
     alpha = torch.zeros(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
     kernels.interpolate(rows, rows, alpha)
     for needed in ((True, True), (True, False), (False, True))[: 3 if thorough else 1]:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +96,7 @@ def test_alpha(alpha, error, message):
         ({"target": float("nan")}, ValueError, "target must be a finite number >= 0, got nan"),
         ({"target": torch.tensor(1.0)}, TypeError, "target must be a number, got Tensor"),
         ({"eps": -1e-12}, ValueError, "eps must be a finite number >= 0, got -1e-12"),
+        ({"weight": 10**400}, ValueError, "weight must be a finite number, got 1000"),
         ({"eps": None}, TypeError, "eps must be a number, got NoneType"),
         ({"weight": "10"}, TypeError, "weight must be a number, got str"),
         ({"weight": float("inf")}, ValueError, "weight must be a finite number, got inf"),
@@ -175,6 +177,17 @@ def test_generator_of_another_device():
 def test_critic(critic, error, message):
     with pytest.raises(error, match=message):
         fused_gradient_penalty(critic, GOOD, GOOD + 1)
+
+
+def test_nested_tensor():
+    nested = torch.nested.nested_tensor([torch.randn(2), torch.randn(3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="gradients must be a dense tensor, got"):
+        gradient_norm_penalty(nested)
+
+
+def test_numpy_numbers_are_numbers():
+    for weight in (np.float32(10), np.float64(10), np.int64(10)):
+        assert gradient_norm_penalty(GOOD, weight=weight).equal(gradient_norm_penalty(GOOD, weight=10.0))
 
 
 def test_one_sample_may_have_one_scalar_score():

@@ -104,7 +104,7 @@ def test_fake_attached_to_a_generator(place, batch):
         penalty = function(critic, r, fake, alpha=0.4, **options)
         results.append(torch.autograd.grad(penalty, (w, r), materialize_grads=True))
     for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -122,6 +122,30 @@ def test_without_gradients(place, batch, mode):
     assert not penalty.requires_grad
     assert not norms.requires_grad
     torch.testing.assert_close(penalty, wanted.detach())
+
+
+def test_inference_mode_with_labels_made_inside():
+    weight = torch.randn(4, requires_grad=True)
+
+    def critic(x, label, *, other):
+        return (x * label * other["label"] * weight).sum(1).square()
+
+    with torch.inference_mode():
+        real, fake, label = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4)
+        kwargs = {"other": {"label": label}}
+        penalty = fused_gradient_penalty(critic, real, fake, critic_args=(label,), critic_kwargs=kwargs)
+    assert penalty.isfinite()
+    assert not penalty.requires_grad
+
+
+def test_critic_that_changes_its_input_is_refused():
+    """The gradient would be that with respect to what the critic made of its input, silently."""
+    critic = nn.Sequential(nn.LeakyReLU(0.2, inplace=True), nn.Linear(4, 1))
+    fake = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="critic must leave its input as it is, got one that changes it in place"):
+        fused_gradient_penalty(critic, torch.randn(3, 4), fake)
+    with pytest.raises(RuntimeError, match="in-place"):  # torch itself refuses where nothing is attached
+        fused_gradient_penalty(critic, torch.randn(3, 4), fake.detach())
 
 
 def test_nothing_of_the_callers_is_changed(batch):

@@ -11,13 +11,14 @@ FORMS = [{}, {"one_sided": True}, {"squared": True}, {"reduction": "none"}]
 
 
 def orders(function, gradients, upstream=None, **options):
-    """Penalty, norms, first and second derivative along ones."""
+    """Penalty, norms, first and second derivative along ones, the second also as a third order would need it."""
     g = gradients.detach().clone().requires_grad_()
     penalty, norms = function(g, return_norms=True, **options)
     upstream = torch.ones_like(penalty) if upstream is None else upstream
     (first,) = torch.autograd.grad(penalty, g, upstream, create_graph=True)
-    (second,) = torch.autograd.grad(first, g, torch.ones_like(first))
-    return penalty, norms, first, second
+    (fused,) = torch.autograd.grad(first, g, torch.ones_like(first), retain_graph=True)
+    (differentiable,) = torch.autograd.grad(first, g, torch.ones_like(first), create_graph=True)
+    return penalty, norms, first, fused, differentiable
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -29,7 +30,7 @@ def test_zero_rows_among_others(place, eps, form):
     ours = orders(gradient_norm_penalty, gradients, backend=place.backend, eps=eps, **form)
     # An eps of 1e-50 is zero in fp32.
     truth = orders(reference.gradient_norm_penalty, gradients.double(), eps=0.0 if eps == 1e-50 else eps, **form)
-    for actual, expected, order in zip(ours, truth, (0, 0, 1, 2), strict=True):
+    for actual, expected, order in zip(ours, truth, (0, 0, 1, 2, 2), strict=True):
         if actual.ndim == 0:
             assert_near(actual, expected, torch.float32, order)
         else:  # each on its own: with eps = 1e-12 the zero row has a curvature of 2 t / sqrt(eps)
@@ -38,12 +39,12 @@ def test_zero_rows_among_others(place, eps, form):
             assert_near(actual[1], expected[1], torch.float32, order)
     for result in ours:
         assert result.isfinite().all()
-    _, norms, first, second = ours
+    _, norms, first, *seconds = ours
     if "squared" not in form:
         assert norms[1].item() == pytest.approx(eps**0.5, abs=1e-15, rel=1e-6)
     assert (first[1] == 0).all()
     if eps in (0.0, 1e-50) and "squared" not in form:
-        assert (second[1] == 0).all()
+        assert all((second[1] == 0).all() for second in seconds)
 
 
 def test_plain_norm_is_nan_where_ours_is_not():
@@ -62,22 +63,24 @@ def test_tiny_norms_without_eps(place):
     options = {"eps": 0.0, "reduction": "none"}
     ours = orders(gradient_norm_penalty, gradients, backend=place.backend, **options)
     truth = orders(reference.gradient_norm_penalty, gradients.double(), **options)
-    for actual, expected, order in zip(ours, truth, (0, 0, 1, 2), strict=True):
+    for actual, expected, order in zip(ours, truth, (0, 0, 1, 2, 2), strict=True):
         assert_near(actual, expected, torch.float32, order)
 
 
+@pytest.mark.parametrize(("weight", "batch"), [(1.0, 1), (10.0, 7)])
 @pytest.mark.parametrize("one_sided", [False, True])
-def test_norm_exactly_on_target(place, one_sided):
+def test_norm_exactly_on_target(place, one_sided, weight, batch):
     """n = t: value and slope zero; curved when two-sided, flat when one-sided (n > t is not met)."""
-    gradients = torch.tensor([[3.0, 4.0]], device=place.device)
-    options = {"target": 5.0, "eps": 0.0, "one_sided": one_sided}
-    penalty, norms, first, second = orders(gradient_norm_penalty, gradients, backend=place.backend, **options)
-    assert norms.item() == 5.0
+    gradients = torch.tensor([[3.0, 4.0]], device=place.device).expand(batch, 2)
+    options = {"target": 5.0, "eps": 0.0, "one_sided": one_sided, "weight": weight}
+    penalty, norms, first, *seconds = orders(gradient_norm_penalty, gradients, backend=place.backend, **options)
+    assert (norms == 5.0).all()
     assert penalty.item() == 0
     assert (first == 0).all()
     # w = 0 leaves (w'/n) <g, u> g = 2 t / n^3 * 7 * g
-    expected = torch.zeros(1, 2) if one_sided else 2 * 5 / 125 * 7 * torch.tensor([[3.0, 4.0]])
-    torch.testing.assert_close(second.cpu(), expected)
+    expected = torch.zeros(batch, 2) if one_sided else weight / batch * 2 * 5 / 125 * 7 * gradients.cpu()
+    for second in seconds:
+        torch.testing.assert_close(second.cpu(), expected)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -88,7 +91,7 @@ def test_non_finite_values_stay_in_their_row(place, bad, form):
     gradients = torch.randn(3, 2100, device=place.device)
     clean = orders(gradient_norm_penalty, gradients, backend=place.backend, **form)
     gradients[1, 2050] = bad
-    penalty, norms, first, second = orders(gradient_norm_penalty, gradients, backend=place.backend, **form)
+    penalty, norms, first, second, _ = orders(gradient_norm_penalty, gradients, backend=place.backend, **form)
     assert norms[1].isnan() if bad != bad else norms[1].isposinf()
     assert not (penalty if penalty.ndim == 0 else penalty[1]).isfinite()
     assert not first[1].isfinite().all()
@@ -96,6 +99,31 @@ def test_non_finite_values_stay_in_their_row(place, bad, form):
         assert norms[row] == clean[1][row]
         assert first[row].equal(clean[2][row])
         assert second[row].equal(clean[3][row])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+def test_norm_that_overflows(place):
+    """An infinite penalty has no finite gradient, so that a loop which looks for infinities sees it in the weights."""
+    gradients = torch.tensor([[1e20, 1.0], [2.0, 1.0]], device=place.device)
+    penalty, norms, first, *_ = orders(gradient_norm_penalty, gradients, backend=place.backend)
+    assert penalty.isposinf()
+    assert norms[0].isposinf()
+    assert first[0].isnan().all()
+    assert first[1].isfinite().all()
+
+
+def test_lazily_negated_tensors(place):
+    """Complex critics hand out gradients that torch negates only when it reads them; kernels read memory."""
+    negated = torch.complex(torch.ones(3, 1), torch.randn(3, 1)).to(place.device).conj().imag
+    assert negated.is_neg()
+    zeros = torch.zeros(3, 1, device=place.device)
+    assert interpolate(negated, zeros, 0.0, backend=place.backend).equal(negated.resolve_neg())
+    g = torch.ones(3, 1, device=place.device, requires_grad=True)
+    each = gradient_norm_penalty(g * 2, reduction="none", backend=place.backend)
+    grads = [
+        torch.autograd.grad(each, g, u, retain_graph=True)[0] for u in (negated[:, 0], negated.resolve_neg()[:, 0])
+    ]
+    assert grads[0].equal(grads[1])
 
 
 def test_half_precision_sums_do_not_overflow(place):
@@ -165,3 +193,17 @@ def test_bitwise_repeatable(place, shape):
     for _ in range(5):
         for one, two in zip(first, orders(gradient_norm_penalty, gradients, backend=place.backend), strict=True):
             assert one.equal(two)
+
+
+@pytest.mark.parametrize("shape", [(3, 9001), (300, 17)], ids=str)
+def test_one_counter_serves_launch_after_launch(monkeypatch, shape):
+    """As on a GPU stream: the last program to arrive leaves the counter at zero for the next launch."""
+    kernels = pytest.importorskip("fused_gp.kernels.norm_penalty", reason="Triton is not installed")
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(kernels, "arrivals", lambda device: counter)
+    truth = orders(reference.gradient_norm_penalty, gradients := torch.randn(shape) * 3)
+    for _ in range(3):
+        penalty, norms, *_ = orders(gradient_norm_penalty, gradients, backend="triton")
+        torch.testing.assert_close(penalty, truth[0])
+        torch.testing.assert_close(norms, truth[1])
+        assert counter.item() == 0

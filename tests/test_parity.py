@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference
+from fused_gp.rows import storage_order, to_rows
 
 from conftest import Place
 from tolerances import assert_near, row
@@ -160,6 +161,33 @@ def test_interpolate_one_side_attached(place, real_needed, fake_needed):
         torch.testing.assert_close(grad, factor * cotangent)
         (back,) = torch.autograd.grad(grad, cotangent, torch.ones_like(grad))
         torch.testing.assert_close(back, factor.expand_as(back))
+
+
+def test_reference_is_exact_in_fp64():
+    """The judge itself, against the formula written out, with a number and with a tensor for alpha."""
+    real, fake = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    expected = 0.3 * fake + 0.7 * real
+    for alpha in (0.3, torch.tensor(0.3, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)):
+        torch.testing.assert_close(reference.interpolate(real, fake, alpha), expected, rtol=1e-15, atol=1e-15)
+
+
+def test_dense_rows_are_not_copied():
+    """Contiguous and channels_last tensors, and sliced or expanded batches, are read where they lie."""
+    images = torch.randn(4, 3, 2, 5)
+    for tensor in (images, images.to(memory_format=torch.channels_last), images[::2], images[:1].expand(4, 3, 2, 5)):
+        rows = to_rows(tensor, storage_order(tensor), len(tensor))
+        assert rows.data_ptr() == tensor.data_ptr()
+        assert rows.stride(1) == 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_splits_are_not_shorter_than_a_tile(itemsize):
+    """A program with an empty slice would be launched for nothing."""
+    from fused_gp.kernels.tiles import reduction_tile
+
+    for rows, width in ((1, 10**8), (4, 65536), (64, 12288), (64, 196608), (1023, 5000)):
+        tiling = reduction_tile(rows, width, itemsize)
+        assert tiling.splits * tiling.cols <= width
 
 
 CRITICS = {

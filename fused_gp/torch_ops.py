@@ -1,7 +1,7 @@
 """The functions of `fused_gp.kernels` in plain torch, for tensors that no Triton device holds.
 
 On a CPU, a large new tensor costs more than the arithmetic that fills it, so each function makes no tensor of the
-rows' size beyond those it returns (the double backward makes one). They know no autograd. Formulas: `kernels/`.
+rows' size beyond those it returns (half types make fp32 ones on the way). They know no autograd. Formulas: `kernels/`.
 """
 
 import torch

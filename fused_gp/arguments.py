@@ -1,53 +1,97 @@
 """What a caller may hand in. Every check names the argument, what came and what was wanted."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from .form import PenaltyForm, accumulation_type
+from .samples import Samples
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def samples(name: str, value: Any) -> None:
-    """A non-empty, dense, floating tensor with the batch in front."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}: convert it with .float()")
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(
-            f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else f'layout {value.layout}'}"
+def samples(name: str, value: Any) -> Samples:
+    """A tensor with the batch in front, or tensors of one batch size on one device in a tuple, list or dict."""
+    if isinstance(value, Tensor):
+        _sound(name, value)
+        return Samples([value], None)
+    leaves, spec = tree_flatten(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        raise TypeError(f"{name} must be a torch.Tensor, or a tuple, list or dict of them, got {type(value).__name__}")
+    if not leaves:
+        raise ValueError(f"{name} must hold at least one tensor, got an empty {type(value).__name__}")
+    for index, tensor in enumerate(leaves):
+        _sound(lambda index=index: leaf(name, value, index), tensor)
+        if len(tensor) != len(leaves[0]) or tensor.device != leaves[0].device:
+            raise ValueError(
+                f"{name} must hold tensors of one batch size on one device, got {_shape(leaves[0])} on "
+                f"{leaves[0].device} and, as {leaf(name, value, index)}, {_shape(tensor)} on {tensor.device}"
+            )
+    return Samples(leaves, spec)
+
+
+def pair(real: Any, fake: Any) -> tuple[Samples, Samples]:
+    """Two batches of samples of one structure, shape, dtype and device: nothing is broadcast, promoted or moved."""
+    reals = samples("real", real)
+    if reals.spec is None and isinstance(fake, Tensor):
+        fakes = samples("fake", fake)
+    else:
+        samples("fake", fake)
+        fakes = Samples(structured_as(reals, "real", real, "fake", fake), reals.spec)
+    for index, (x, y) in enumerate(zip(reals.tensors, fakes.tensors, strict=True)):
+        if x.shape == y.shape and x.dtype == y.dtype and x.device == y.device:
+            continue
+        names = " and ".join(leaf(name, real, index) for name in ("real", "fake"))
+        if x.shape != y.shape:
+            raise ValueError(f"{names} must have one shape, got {_shape(x)} and {_shape(y)}")
+        if x.dtype != y.dtype:
+            raise TypeError(
+                f"{names} must have one dtype, got {x.dtype} and {y.dtype}: convert one, fake.to(real.dtype)"
+            )
+        raise ValueError(f"{names} must be on one device, got {x.device} and {y.device}")
+    return reals, fakes
+
+
+def structured_as(model: Samples, model_name: str, model_value: Any, name: str, value: Any) -> list[Any]:
+    """The parts of `value`, one for each tensor of `model`, dicts matched by their keys."""
+    if model.spec is None:
+        parts, fits = [value], isinstance(value, (Tensor, Real))
+    else:
+        try:
+            parts = model.spec.flatten_up_to(value)
+            fits = all(isinstance(part, (Tensor, Real)) for part in parts)
+        except (ValueError, TypeError):
+            fits = False
+    if not fits:
+        raise ValueError(
+            f"{model_name} and {name} must have one structure, got {_structure(model_value)} and {_structure(value)}"
         )
-    if value.ndim == 0:
-        raise ValueError(f"{name} must have the batch as its first dimension, got a tensor of shape ()")
-    if value.numel() == 0:
-        raise ValueError(f"{name} must hold at least one sample of at least one element, got {_shape(value)}")
+    return parts
 
 
-def pair(real: Any, fake: Any) -> None:
-    """Two batches of samples of one shape, dtype and device: nothing is broadcast, promoted or moved."""
-    samples("real", real)
-    samples("fake", fake)
-    if fake.shape == real.shape and fake.dtype == real.dtype and fake.device == real.device:
-        return
-    if fake.shape != real.shape:
-        raise ValueError(f"real and fake must have one shape, got {_shape(real)} and {_shape(fake)}")
-    if fake.dtype != real.dtype:
-        raise TypeError(
-            f"real and fake must have one dtype, got {real.dtype} and {fake.dtype}: convert one, fake.to(real.dtype)"
-        )
-    raise ValueError(f"real and fake must be on one device, got {real.device} and {fake.device}")
+def positive(name: str, value: Any) -> int:
+    """A whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
-def alpha(value: Any, real: Tensor) -> Tensor:
-    """alpha as a column, (B, 1), in the accumulation type of `real`."""
-    batch = real.shape[0]
-    dtype = accumulation_type(real.dtype)
+def rows(group_size: Any, batch: int) -> int:
+    """How many groups of consecutive samples the batch holds."""
+    if batch % positive("group_size", group_size):
+        raise ValueError(f"group_size must divide the batch, got {group_size} for {batch} samples")
+    return batch // group_size
+
+
+def alpha(value: Any, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """alpha as a column, (rows, 1)."""
     if not isinstance(value, Tensor):
         weight = number("alpha", value)
         if not 0 <= weight <= 1:
@@ -55,20 +99,18 @@ def alpha(value: Any, real: Tensor) -> Tensor:
                 f"alpha, the place between real (0) and fake (1), must be in [0, 1], got {value!r}; "
                 "the coefficient of the penalty is `weight`"
             )
-        return torch.full((batch, 1), weight, dtype=dtype, device=real.device)
+        return torch.full((rows, 1), weight, dtype=dtype, device=device)
     if value.dtype not in FLOATING:
         raise TypeError(f"alpha must be a floating tensor, got {value.dtype}")
-    if value.device != real.device:
-        raise ValueError(f"alpha must be on the device of real, {real.device}, got {value.device}")
-    dims = value.ndim
-    if dims and (value.shape[0] != batch or value.numel() != batch or (dims != 1 and dims != real.ndim)):
+    if value.device != device:
+        raise ValueError(f"alpha must be on the device of real, {device}, got {value.device}")
+    if value.ndim and (value.shape[0] != rows or value.numel() != rows):
         raise ValueError(
-            f"alpha must be one number per sample, of shape ({batch},) or ({batch}, 1, ..., 1), or one number for all, "
-            f"got {_shape(value)} for real of {_shape(real)}"
+            f"alpha must be one number per sample or group, of shape ({rows},) or ({rows}, 1, ..., 1), or one number "
+            f"for all, got {_shape(value)}"
         )
-    if dims != 2:
-        value = value.reshape(batch, 1) if dims else value.expand(batch, 1)
-    return (value if value.dtype == dtype else value.to(dtype)).contiguous().resolve_neg()
+    column = value.reshape(rows, 1) if value.ndim else value.expand(rows, 1)
+    return column.to(dtype).contiguous().resolve_neg()
 
 
 def generator(value: Any, device: torch.device) -> None:
@@ -91,27 +133,71 @@ def critic(value: Any, args: Any, kwargs: Any) -> None:
         raise TypeError(f"critic_kwargs must be a dict of arguments, got {type(kwargs).__name__}")
 
 
-def scores(value: Any, x_hat: Tensor) -> None:
-    """One floating tensor with at least one score per sample."""
-    if isinstance(value, (tuple, list)):
-        raise TypeError(
-            f"critic must return one tensor of scores, got a {type(value).__name__} of {len(value)}: "
-            "wrap it to pick one, lambda x: critic(x)[0]"
-        )
-    if isinstance(value, Mapping):
-        raise TypeError(
-            f"critic must return one tensor of scores, got a {type(value).__name__} with {list(value)}: "
-            'wrap it to pick one, lambda x: critic(x)["scores"]'
-        )
+def scores(value: Any, rows: int) -> None:
+    """One floating tensor with at least one score per sample, or per group of them."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"critic must return one tensor of scores, got {type(value).__name__}")
+        container = f"a {type(value).__name__}"
+        if isinstance(value, Mapping):
+            example = f'{container} with {list(value)}: wrap it to pick one, lambda x: critic(x)["scores"]'
+        elif isinstance(value, Sequence):
+            example = f"{container} of {len(value)}: wrap it to pick one, lambda x: critic(x)[0]"
+        else:
+            example = type(value).__name__
+        raise TypeError(f"critic must return one tensor of scores, got {example}")
     if not value.is_floating_point():
         raise TypeError(f"critic must return floating scores, got {value.dtype}")
-    if value.numel() < x_hat.shape[0]:
+    if value.numel() < rows:
         raise ValueError(
-            f"critic must return at least one score per sample, got {_shape(value)} for {x_hat.shape[0]} samples: "
+            f"critic must return at least one score per sample or group, got {_shape(value)} for {rows} of them: "
             "a mean over the batch would shrink every gradient"
         )
+
+
+def outputs(value: Any) -> Samples:
+    """What a critic gave back: floating tensors, whatever their shapes."""
+    leaves, spec = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
+    for index, output in enumerate(leaves):
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{leaf('outputs', value, index)} must be a torch.Tensor, got {type(output).__name__}")
+        if not output.is_floating_point():
+            raise TypeError(f"{leaf('outputs', value, index)} must be a floating tensor, got {output.dtype}")
+    if not leaves:
+        raise ValueError(f"outputs must hold at least one tensor, got an empty {type(value).__name__}")
+    return Samples(leaves, spec)
+
+
+def output_weights(value: Any, outputs: Any, model: Samples) -> list[Any]:
+    """One weight per output: a number, or a tensor of the output's shape."""
+    factors = structured_as(model, "outputs", outputs, "output_weights", value)
+    for index, (factor, output) in enumerate(zip(factors, model.tensors, strict=True)):
+        if not isinstance(factor, Tensor):
+            factors[index] = number("output_weights", factor)
+        elif factor.shape not in (output.shape, ()) or factor.device != output.device or factor.dtype not in FLOATING:
+            raise ValueError(
+                f"{leaf('output_weights', outputs, index)} must be a number or a floating tensor of the output's "
+                f"{_shape(output)} on {output.device}, got {_shape(factor)} of {factor.dtype} on {factor.device}"
+            )
+    return factors
+
+
+def grad_scale(value: Any, device: torch.device) -> float | Tensor | None:
+    """The factor that scores are multiplied by: a number, or a tensor of one element that nobody has read yet."""
+    if value is None:
+        return None
+    if isinstance(value, torch.amp.GradScaler):
+        # Its public way to tell the scale without waiting for the device. Disabled, it scales nothing.
+        return value.scale(torch.ones((), device=device)) if value.is_enabled() else None
+    if not isinstance(value, Tensor):
+        if isinstance(value, Real):
+            return number("grad_scale", value, above=0)
+        raise TypeError(f"grad_scale must be a number, a tensor or a GradScaler, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"grad_scale must be a floating tensor, got {value.dtype}")
+    if value.numel() != 1:
+        raise ValueError(f"grad_scale must have one element, got {_shape(value)}")
+    if value.device != device:
+        raise ValueError(f"grad_scale must be on the device of the samples, {device}, got {value.device}")
+    return value.detach().reshape(())
 
 
 def form(
@@ -120,10 +206,10 @@ def form(
     eps: Any,
     weight: Any,
     reduction: Any,
-    *,
     rows: int,
+    *,
     squared: Any = False,
-    grad_scale: Any = None,
+    grad_scale: float | Tensor | None = None,
 ) -> PenaltyForm:
     """The penalty these options mean, for this many rows."""
     target = number("target", target, minimum=0)
@@ -131,16 +217,16 @@ def form(
     weight = number("weight", weight)
     flag("one_sided", one_sided)
     flag("squared", squared)
-    kappa = 1.0
-    if grad_scale is not None:
-        kappa = 1 / number("grad_scale", grad_scale, above=0)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    # With t = 0 both sided forms are the squared one: no root, so nothing to guard.
+    kappa = grad_scale
+    if kappa is not None:  # in fp32 at least: the inverse of a large scale is zero in fp16
+        kappa = 1 / (kappa.to(accumulation_type(kappa.dtype)) if isinstance(kappa, Tensor) else kappa)
     return PenaltyForm(
+        rows=rows,
         target=target,
         one_sided=one_sided,
-        squared=squared or target == 0,
+        squared=squared or target == 0,  # with t = 0 both sided forms are the squared one: no root, nothing to guard
         eps=eps,
         kappa=kappa,
         scale=weight / rows if reduction == "mean" else weight,
@@ -168,6 +254,44 @@ def flag(name: str, value: Any) -> None:
     """True or False, nothing that merely counts as one of them."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def _sound(name: Any, value: Any) -> None:
+    """A non-empty, dense, floating tensor with the batch in front. `name` may be a function that makes the name."""
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in FLOATING
+        and value.layout == torch.strided
+        and not value.is_nested
+        and value.ndim
+        and value.numel()
+    ):
+        return
+    name = name if isinstance(name, str) else name()
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}: convert it with .float()")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else f'layout {value.layout}'}"
+        )
+    if value.ndim == 0:
+        raise ValueError(f"{name} must have the batch as its first dimension, got a tensor of shape ()")
+    raise ValueError(f"{name} must hold at least one sample of at least one element, got {_shape(value)}")
+
+
+def leaf(name: str, value: Any, index: int) -> str:
+    """How the caller would write that tensor: real, real[0], real['image']."""
+    return name + keystr(tree_flatten_with_path(value)[0][index][0])
+
+
+def _structure(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {list(value)}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
 
 
 def _shape(tensor: Tensor) -> str:

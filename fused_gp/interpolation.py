@@ -1,5 +1,6 @@
 """Points on the straight lines between real and fake samples."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,11 +8,12 @@ from torch import Tensor
 
 from . import arguments
 from .backends import backend_for
+from .form import accumulation_type
 from .function import FusedFunction
 from .rows import from_rows, storage_order, to_rows, unit_stride
 
 
-def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float, *, backend: str = "auto") -> Tensor:
+def interpolate(real: Any, fake: Any, alpha: Tensor | float, *, backend: str = "auto") -> Any:
     r"""Interpolate between real and fake samples, one :math:`\alpha` per sample.
 
     .. math:: \hat x_i = \alpha_i \tilde x_i + (1 - \alpha_i) x_i
@@ -20,13 +22,14 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float, *, backend: s
     fp64 inputs) and rounded once.
 
     Args:
-        real: (B, ...) tensor of fp16, bf16, fp32 or fp64, any number of dimensions from 1, any memory format.
-        fake: tensor of the same shape, dtype and device.
+        real: (B, ...) tensor of fp16, bf16, fp32 or fp64, any number of dimensions from 1, any memory format; or a
+            tuple, list or dict of such tensors with one B, which share the alpha of each sample.
+        fake: the same, of the same shape, dtype and device.
         alpha: one number in [0, 1] for all samples, or a floating tensor of shape (), (B,) or (B, 1, ..., 1).
         backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
 
     Returns:
-        A new tensor of the shape and dtype of `real`, in its memory format.
+        A new tensor of the shape and dtype of `real`, in its memory format; or a tuple, list or dict of them, as given.
 
     Differentiable in real, fake and alpha, in reverse mode, to every order.
 
@@ -36,15 +39,23 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float, *, backend: s
 
     From Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, algorithm 1.
     """
-    arguments.pair(real, fake)
-    return interpolate_rows(real, fake, arguments.alpha(alpha, real), backend_for(backend, real))
+    reals, fakes = arguments.pair(real, fake)
+    first = reals.tensors[0]
+    dtype = accumulation_type(*[x.dtype for x in reals.tensors])
+    column = arguments.alpha(alpha, len(first), dtype, first.device)
+    return reals.rebuild(interpolate_rows(reals.tensors, fakes.tensors, column, backend_for(backend, first)))
 
 
-def interpolate_rows(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
-    """The op on checked arguments, alpha as (B, 1) in the accumulation type."""
+def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Tensor, ops: Any) -> list[Tensor]:
+    """The op on checked arguments, tensor by tensor; alpha is (R, 1), one for each row of samples."""
+    return [_interpolate_one(real, fake, alpha, ops) for real, fake in zip(reals, fakes, strict=True)]
+
+
+def _interpolate_one(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
     order = storage_order(real)
-    batch = real.shape[0]
-    real_rows, fake_rows = to_rows(real, order, batch), to_rows(fake, order, batch)
+    rows = len(alpha)
+    real_rows, fake_rows = to_rows(real, order, rows), to_rows(fake, order, rows)
+    alpha = alpha.to(accumulation_type(real.dtype))
     if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad or alpha.requires_grad):
         x_hat = Interpolate.apply(real_rows, fake_rows, alpha, ops)
     else:  # the critic's step: nothing to differentiate, and no graph to pay for

@@ -1,6 +1,7 @@
 """The penalty on the norm of each sample's gradient, fused, with double backward."""
 
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,25 +13,19 @@ from .function import FusedFunction
 from .rows import storage_order, to_rows, unit_stride
 
 
-@overload
-def gradient_norm_penalty(gradients: Tensor, *, return_norms: Literal[False] = False, **options: Any) -> Tensor: ...
-@overload
 def gradient_norm_penalty(
-    gradients: Tensor, *, return_norms: Literal[True], **options: Any
-) -> tuple[Tensor, Tensor]: ...
-def gradient_norm_penalty(  # type: ignore[misc]  # the overloads leave the options to this signature
-    gradients: Tensor,
+    gradients: Any,
     *,
     target: float = 1.0,
     one_sided: bool = False,
     squared: bool = False,
     eps: float = 1e-12,
-    grad_scale: float | None = None,
+    grad_scale: Any = None,
     weight: float = 1.0,
     reduction: str = "mean",
     backend: str = "auto",
     return_norms: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     r"""Penalise each sample's gradient norm for its distance from `target`.
 
     .. math::
@@ -44,12 +39,14 @@ def gradient_norm_penalty(  # type: ignore[misc]  # the overloads leave the opti
     zero, in every order, where ``Tensor.norm`` gives NaN.
 
     Args:
-        gradients: (B, ...) input gradients, one sample each; fp16, bf16, fp32 or fp64, any memory format.
+        gradients: (B, ...) input gradients, one sample each; fp16, bf16, fp32 or fp64, any memory format. A tuple, list
+            or dict of such tensors has one norm per sample, over all of them.
         target: the norm t to reach, >= 0. With 0 the squared form is computed, which has no root and no eps.
         one_sided: penalise only norms above the target (WGAN-LP).
         squared: the squared norm itself (R1, R2, zero-centred penalties); target, one_sided and eps are not used.
         eps: added inside the root, >= 0.
-        grad_scale: the factor the scores were multiplied by before differentiation, taken out again here. > 0.
+        grad_scale: the factor the scores were multiplied by before differentiation, taken out again here: a number > 0,
+            a floating tensor of one element, or a GradScaler. None: they were not.
         weight: the coefficient of the penalty, often called lambda.
         reduction: "mean", "sum" or "none".
         backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
@@ -69,87 +66,92 @@ def gradient_norm_penalty(  # type: ignore[misc]  # the overloads leave the opti
     regularization of Wasserstein GANs", 2018 (one-sided); Mescheder et al., "Which Training Methods for GANs do
     actually Converge?", 2018 (squared).
     """
-    arguments.samples("gradients", gradients)
+    tensors = arguments.samples("gradients", gradients).tensors
     arguments.flag("return_norms", return_norms)
-    form = arguments.form(
-        target, one_sided, eps, weight, reduction, rows=gradients.shape[0], squared=squared, grad_scale=grad_scale
-    )
-    penalty, norms = penalise_rows(gradients, form, backend_for(backend, gradients))
+    scale = arguments.grad_scale(grad_scale, tensors[0].device)
+    form = arguments.form(target, one_sided, eps, weight, reduction, len(tensors[0]), squared=squared, grad_scale=scale)
+    penalty, norms = penalise_rows(tensors, form, backend_for(backend, tensors[0]))
     return (penalty, norms) if return_norms else penalty
 
 
-def penalise_rows(gradients: Tensor, form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
-    """The op on checked arguments: penalty and norms."""
-    return NormPenalty.apply(to_rows(gradients, storage_order(gradients), gradients.shape[0]), form, ops)
+def penalise_rows(gradients: Sequence[Tensor], form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
+    """The op on checked arguments: penalty and norms, one norm per row over all the tensors."""
+    return NormPenalty.apply(form, ops, *[to_rows(g, storage_order(g), form.rows) for g in gradients])
 
 
 class NormPenalty(FusedFunction):
-    """(R, N) gradients -> penalty and norms, the norms without a derivative of their own."""
+    """(R, N) gradients, one tensor or several -> penalty and norms, the norms without a derivative of their own."""
 
     @staticmethod
-    def forward(gradients: Tensor, form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
+    def forward(form: PenaltyForm, ops: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         return ops.penalty_forward(gradients, form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        gradients, ctx.form, ctx.ops = inputs
+        ctx.form, ctx.ops, *gradients = inputs
         norms = output[1]
         ctx.mark_non_differentiable(norms)
-        ctx.save_for_backward(gradients, norms)
+        ctx.save_for_backward(norms, *gradients)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
-        gradients, norms = ctx.saved_tensors
+        norms, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph
-            gradients_grad = NormPenaltyBackward.apply(gradients, norms, upstream, ctx.form, ctx.ops)
+            gradients_grads = NormPenaltyBackward.apply(ctx.form, ctx.ops, norms, upstream, *gradients)
         else:
-            gradients_grad = ctx.ops.penalty_backward(gradients, norms, upstream, ctx.form)
-        return gradients_grad, None, None
+            gradients_grads = ctx.ops.penalty_backward(gradients, norms, upstream, ctx.form)
+        return None, None, *gradients_grads
 
 
 class NormPenaltyBackward(FusedFunction):
     """dg = a scale kappa^2 w g. `norms` is a function of `gradients`, and no input of its own."""
 
     @staticmethod
-    def forward(gradients: Tensor, norms: Tensor, upstream: Tensor, form: PenaltyForm, ops: Any) -> Tensor:
-        return ops.penalty_backward(gradients, norms, upstream, form)
+    def forward(form: PenaltyForm, ops: Any, norms: Tensor, upstream: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.penalty_backward(gradients, norms, upstream, form))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        gradients, norms, upstream, ctx.form, ctx.ops = inputs
-        ctx.save_for_backward(gradients, norms, upstream)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.form, ctx.ops, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, cotangents: Tensor) -> Any:
-        gradients, norms, upstream = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        norms, upstream, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody will differentiate a third time
-            gradients_grad, upstream_grad = differentiable_double_backward(gradients, upstream, cotangents, ctx.form)
+            gradients_grads, upstream_grad = differentiable_double_backward(gradients, upstream, cotangents, ctx.form)
         else:
-            gradients_grad, upstream_grad = ctx.ops.penalty_double_backward(
-                gradients, norms, upstream, unit_stride(cotangents), ctx.form, ctx.needs_input_grad[2]
+            rows = [unit_stride(cotangent) for cotangent in cotangents]
+            gradients_grads, upstream_grad = ctx.ops.penalty_double_backward(
+                gradients, norms, upstream, rows, ctx.form, ctx.needs_input_grad[3]
             )
-        return gradients_grad, None, upstream_grad, None, None
+        return None, None, None, upstream_grad, *gradients_grads
 
 
 def differentiable_double_backward(
-    gradients: Tensor, upstream: Tensor, cotangents: Tensor, form: PenaltyForm
-) -> tuple[Tensor, Tensor]:
+    gradients: Sequence[Tensor], upstream: Tensor, cotangents: Sequence[Tensor], form: PenaltyForm
+) -> tuple[list[Tensor], Tensor]:
     """The double backward in torch operations: dg = a scale kappa^2 [w u + (w'/n) s g], da = scale w s."""
-    dtype = accumulation_type(gradients.dtype)
-    g = gradients.to(dtype) * form.kappa
-    u = cotangents.to(dtype) * form.kappa
-    s = (g * u).sum(1)
+    dtype = accumulation_type(*[g.dtype for g in gradients])
+    kappa = 1 if form.kappa is None else form.kappa
+    gs = [g.to(dtype) * kappa for g in gradients]
+    us = [u.to(dtype) * kappa for u in cotangents]
+    s = torch.stack([(g * u).sum(1) for g, u in zip(gs, us, strict=True)]).sum(0)
     if form.squared:
-        w, bend = torch.full_like(s, 2.0), None
+        w, bends = torch.full_like(s, 2.0), None
     else:
-        n_squared = g.square().sum(1) + form.eps
+        n_squared = torch.stack([g.square().sum(1) for g in gs]).sum(0) + form.eps
         n = torch.where(n_squared == 0, 1.0, n_squared).sqrt()  # no root of zero: its derivative would be NaN below
         flat = (n_squared == 0) | (n <= form.target) if form.one_sided else n_squared == 0
         w = torch.where(flat, 0.0, 2 * (n - form.target) / n)
         # (w'/n) s g = (2 t / n) (s / n) (g / n), in this order: 2 t / n^3 alone overflows for small n.
         inverse = torch.where(flat, 0.0, 1 / n)
-        bend = (2 * form.target * inverse * (s * inverse))[:, None] * (g * inverse[:, None])
-    a = (upstream * (form.scale * form.kappa)).expand_as(s)[:, None]
-    gradients_grad = a * w[:, None] * u if bend is None else a * (w[:, None] * u + bend)
+        bend = (2 * form.target * inverse * (s * inverse))[:, None]
+        bends = [bend * (g * inverse[:, None]) for g in gs]
+    a = (upstream * (form.scale * kappa)).expand_as(s)[:, None]
+    slopes = [w[:, None] * u for u in us]
+    if bends is not None:
+        slopes = [slope + bend for slope, bend in zip(slopes, bends, strict=True)]
+    gradients_grads = [(a * slope).to(g.dtype) for g, slope in zip(gradients, slopes, strict=True)]
     upstream_grad = form.scale * w * s
-    return gradients_grad.to(gradients.dtype), upstream_grad.sum() if form.reduce else upstream_grad
+    return gradients_grads, upstream_grad.sum() if form.reduce else upstream_grad

@@ -1,34 +1,25 @@
-"""The call that replaces the fifteen lines: critic, real and fake samples in, penalty out."""
+"""The calls that replace the fifteen lines: critic and samples in, penalty out."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, overload
-from weakref import WeakSet
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
 
 from . import arguments
 from .backends import backend_for
-from .form import PenaltyForm
+from .batch_norm import warn_of_batch_norm
+from .form import accumulation_type
+from .input_gradient import input_gradients, outside_inference_mode, penalise_critic, scaled_ones
 from .interpolation import interpolate_rows
 from .norm_penalty import penalise_rows
+from .samples import Samples
 
 
-@overload
 def fused_gradient_penalty(
-    critic: Callable[..., Tensor], real: Tensor, fake: Tensor, *, return_norms: Literal[False] = False, **options: Any
-) -> Tensor: ...
-@overload
-def fused_gradient_penalty(
-    critic: Callable[..., Tensor], real: Tensor, fake: Tensor, *, return_norms: Literal[True], **options: Any
-) -> tuple[Tensor, Tensor]: ...
-def fused_gradient_penalty(  # type: ignore[misc]  # the overloads leave the options to this signature
     critic: Callable[..., Tensor],
-    real: Tensor,
-    fake: Tensor,
+    real: Any,
+    fake: Any,
     *,
     alpha: Tensor | float | None = None,
     generator: torch.Generator | None = None,
@@ -37,11 +28,13 @@ def fused_gradient_penalty(  # type: ignore[misc]  # the overloads leave the opt
     eps: float = 1e-12,
     weight: float = 1.0,
     reduction: str = "mean",
+    group_size: int = 1,
+    grad_scale: Any = None,
     critic_args: Sequence[Any] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
     backend: str = "auto",
     return_norms: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     r"""The gradient penalty of a critic between real and fake samples.
 
     .. math::
@@ -58,18 +51,26 @@ def fused_gradient_penalty(  # type: ignore[misc]  # the overloads leave the opt
     Args:
         critic: callable that takes the interpolated samples and returns one tensor with at least one score per
             sample: (B,), (B, 1), or a map of patches. All its elements are summed. It runs once.
-        real: (B, ...) fp16, bf16, fp32 or fp64, any number of dimensions from 1, any memory format.
-        fake: tensor of the same shape, dtype and device. Detach it in the critic's step; attached to a generator,
+        real: (B, ...) fp16, bf16, fp32 or fp64, any number of dimensions from 1, any memory format. Or a tuple, list
+            or dict of such tensors with one B, nested as you like: each sample has one alpha and one norm over all of
+            them, and the critic is called with the same structure as its one argument (``lambda x: critic(*x)`` takes
+            a tuple apart). A tensor that the critic ignores counts as gradient zero.
+        fake: the same, of the same shape, dtype and device. Detach it in the critic's step; attached to a generator,
             the penalty's gradient flows into it.
         alpha: where between real (0) and fake (1), instead of at random: a number in [0, 1], or a floating tensor of
             shape (), (B,) or (B, 1, ..., 1).
         generator: where alpha is drawn from, exactly as ``torch.rand(B, 1, ..., 1, generator=generator)`` draws it,
             before the critic runs. Codes with alpha on *real* get the same numbers with real and fake swapped.
-        target: the norm t to reach, >= 0.
+        target: the norm t to reach, >= 0. With 0, zero-centred: the squared norm itself, without root or eps.
         one_sided: penalise only norms above the target, max(n - t, 0)^2 (WGAN-LP).
         eps: added inside the root, >= 0; with 0 a zero gradient has derivative zero, not NaN.
         weight: the coefficient of the penalty, often called lambda.
         reduction: "mean", "sum" or "none" over the samples.
+        group_size: p consecutive samples, which the critic judges as one, have one alpha and one norm (PacGAN). B must
+            be a multiple; read B / p for B wherever alpha, norms or scores are meant.
+        grad_scale: multiply the scores by this before the input gradient, against underflow in fp16, and divide
+            again inside the norm. A number > 0, a floating tensor of one element, or the GradScaler itself. Neither of
+            the last two is waited for.
         critic_args, critic_kwargs: further arguments of the critic, such as labels.
         backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
         return_norms: also return the norms :math:`n_i`, for logging.
@@ -90,95 +91,246 @@ def fused_gradient_penalty(  # type: ignore[misc]  # the overloads leave the opt
     the gradient of each sample's score only where samples do not see one another.
 
     From Gulrajani et al., "Improved Training of Wasserstein GANs", 2017; one-sided: Petzka et al., "On the
-    regularization of Wasserstein GANs", 2018.
+    regularization of Wasserstein GANs", 2018; zero-centred: Thanh-Tung et al., "Improving Generalization and Stability
+    of Generative Adversarial Networks", 2019; groups: Lin et al., "PacGAN", 2018.
     """
     arguments.critic(critic, critic_args, critic_kwargs)
-    arguments.pair(real, fake)
+    reals, fakes = arguments.pair(real, fake)
+    first = reals.tensors[0]
+    rows = arguments.rows(group_size, len(first))
     arguments.flag("return_norms", return_norms)
-    arguments.generator(generator, real.device)
+    arguments.generator(generator, first.device)
     if alpha is not None and generator is not None:
         raise ValueError("generator draws alpha, so give one of the two, got both alpha and generator")
-    form = arguments.form(target, one_sided, eps, weight, reduction, rows=real.shape[0])
-    ops = backend_for(backend, real)
-    _warn_of_batch_norm(critic)
+    scale = arguments.grad_scale(grad_scale, first.device)
+    form = arguments.form(target, one_sided, eps, weight, reduction, rows, grad_scale=scale)
+    ops = backend_for(backend, first)
+    warn_of_batch_norm(critic)
 
-    if torch.is_grad_enabled():
-        penalty, norms = _penalty_and_norms(critic, real, fake, alpha, generator, form, critic_args, critic_kwargs, ops)
-    else:  # the penalty is a value then, but the input gradient inside it still needs a graph for a while
-        with torch.inference_mode(False), torch.enable_grad():
-            real, fake = real.detach(), fake.detach()
-            # Labels made under inference_mode cannot be saved for a backward; their copies can.
-            critic_args, critic_kwargs = tree_map_only(
-                Tensor, lambda t: t.clone() if t.is_inference() else t, (critic_args, critic_kwargs)
-            )
-            penalty, norms = _penalty_and_norms(
-                critic, real, fake, alpha, generator, form, critic_args, critic_kwargs, ops, create_graph=False
-            )
-            penalty = penalty.detach()
+    if alpha is None:
+        # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
+        # everybody's torch.rand(B, 1, 1, 1), which draws the same numbers: a seed means the same here and there.
+        column = torch.rand((rows, 1), generator=generator, device=first.device)
+    else:
+        dtype = accumulation_type(*[x.dtype for x in reals.tensors])
+        column = arguments.alpha(alpha, rows, dtype, first.device)
+    points = Samples(interpolate_rows(reals.tensors, fakes.tensors, column, ops), reals.spec)
+    penalty, norms = penalise_critic(critic, points, critic_args, critic_kwargs, scale, form, ops)
     return (penalty, norms) if return_norms else penalty
 
 
-def _penalty_and_norms(
+def dragan_penalty(
     critic: Callable[..., Tensor],
-    real: Tensor,
-    fake: Tensor,
-    alpha: Tensor | float | None,
-    generator: torch.Generator | None,
-    form: PenaltyForm,
+    real: Any,
+    *,
+    noise_scale: float = 0.5,
+    alpha: Tensor | float | None = None,
+    generator: torch.Generator | None = None,
+    target: float = 1.0,
+    one_sided: bool = False,
+    eps: float = 1e-12,
+    weight: float = 1.0,
+    reduction: str = "mean",
+    group_size: int = 1,
+    grad_scale: Any = None,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    return_norms: bool = False,
+) -> Any:
+    r"""The gradient penalty around the real samples (DRAGAN).
+
+    .. math:: \tilde x = x + s\, \operatorname{std}(x)\, u, \qquad u \sim U[0, 1)
+
+    with one :math:`u` per element and one standard deviation over the whole of :math:`x` (each tensor's own, where
+    there are several); then `fused_gradient_penalty` between :math:`x` and :math:`\tilde x`.
+
+    Args:
+        critic, real: as in `fused_gradient_penalty`.
+        noise_scale: s, how far around the samples, in standard deviations.
+        generator: where the noise, as ``torch.rand_like(real)``, is drawn from, and after it alpha, unless given.
+        alpha, target, one_sided, eps, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, backend,
+            return_norms: as in `fused_gradient_penalty`.
+
+    Returns, raises, warns and derivatives as in `fused_gradient_penalty`; a standard deviation needs two elements.
+
+    From Kodali et al., "On Convergence and Stability of GANs", 2017.
+    """
+    arguments.critic(critic, critic_args, critic_kwargs)
+    noise_scale = arguments.number("noise_scale", noise_scale)
+    reals = arguments.samples("real", real)
+    arguments.generator(generator, reals.tensors[0].device)
+    if any(x.numel() < 2 for x in reals.tensors):
+        raise ValueError("real must hold at least two elements to have a standard deviation, got one")
+    noisy = [
+        x + noise_scale * x.std() * torch.empty_like(x, requires_grad=False).uniform_(generator=generator)
+        for x in reals.tensors
+    ]
+    return fused_gradient_penalty(
+        critic, real, reals.rebuild(noisy), alpha=alpha, generator=generator if alpha is None else None,
+        target=target, one_sided=one_sided, eps=eps, weight=weight, reduction=reduction, group_size=group_size,
+        grad_scale=grad_scale, critic_args=critic_args, critic_kwargs=critic_kwargs, backend=backend,
+        return_norms=return_norms,
+    )  # fmt: skip
+
+
+def r1_penalty(
+    critic: Callable[..., Tensor],
+    real: Any,
+    *,
+    weight: float = 1.0,
+    reduction: str = "mean",
+    group_size: int = 1,
+    grad_scale: Any = None,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    return_norms: bool = False,
+) -> Any:
+    r"""The squared norm of the critic's gradient at the real samples.
+
+    .. math:: R_1 = \frac{\text{weight}}{2} \operatorname*{mean}_i\, \lVert \nabla_x \textstyle\sum D(x) \rVert_i^2
+
+    Args:
+        weight: the coefficient, usually called gamma. Half of it multiplies the mean, as in StyleGAN.
+        critic, real, reduction, group_size, grad_scale, critic_args, critic_kwargs, backend, return_norms: as in
+            `fused_gradient_penalty`.
+
+    Returns, raises, warns and derivatives as in `fused_gradient_penalty`. The norms are those at the real samples.
+
+    From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018.
+    """
+    arguments.critic(critic, critic_args, critic_kwargs)
+    return _zero_centred(
+        critic, arguments.samples("real", real), weight, reduction, group_size, grad_scale, critic_args, critic_kwargs,
+        backend, return_norms,
+    )  # fmt: skip
+
+
+def r2_penalty(
+    critic: Callable[..., Tensor],
+    fake: Any,
+    *,
+    weight: float = 1.0,
+    reduction: str = "mean",
+    group_size: int = 1,
+    grad_scale: Any = None,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    return_norms: bool = False,
+) -> Any:
+    r"""The squared norm of the critic's gradient at the fake samples: `r1_penalty`, with fake for real.
+
+    .. math:: R_2 = \frac{\text{weight}}{2} \operatorname*{mean}_i\, \lVert \nabla \textstyle\sum D(\tilde x) \rVert_i^2
+
+    In the critic's step pass ``fake.detach()``: attached, the penalty's gradient flows into the generator.
+
+    From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018; with R1: Huang et al., "The
+    GAN is dead; long live the GAN! A Modern GAN Baseline", 2024.
+    """
+    arguments.critic(critic, critic_args, critic_kwargs)
+    return _zero_centred(
+        critic, arguments.samples("fake", fake), weight, reduction, group_size, grad_scale, critic_args, critic_kwargs,
+        backend, return_norms,
+    )  # fmt: skip
+
+
+def _zero_centred(
+    critic: Callable[..., Tensor],
+    samples: Samples,
+    weight: float,
+    reduction: str,
+    group_size: int,
+    grad_scale: Any,
     critic_args: Sequence[Any],
     critic_kwargs: Mapping[str, Any] | None,
-    ops: Any,
-    create_graph: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The call on checked arguments, alpha apart."""
-    if alpha is None:
-        # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
-        # everybody's torch.rand(B, 1, 1, 1): a seed gives the same numbers here and there.
-        alpha = torch.rand((real.shape[0],) + (1,) * (real.ndim - 1), generator=generator, device=real.device)
-    x_hat = interpolate_rows(real, fake, arguments.alpha(alpha, real), ops)
-    if not x_hat.requires_grad:
-        x_hat.requires_grad_()
-    version = x_hat._version
-    scores = critic(x_hat, *critic_args, **(critic_kwargs or {}))
-    if x_hat._version != version:  # the gradient would silently be that with respect to what the critic made of it
-        raise ValueError("critic must leave its input as it is, got one that changes it in place: inplace=True first?")
-    return penalise_rows(_input_gradient(scores, x_hat, create_graph), form, ops)
+    backend: str,
+    return_norms: bool,
+) -> Any:
+    first = samples.tensors[0]
+    rows = arguments.rows(group_size, len(first))
+    arguments.flag("return_norms", return_norms)
+    scale = arguments.grad_scale(grad_scale, first.device)
+    half = 0.5 * arguments.number("weight", weight)
+    form = arguments.form(0.0, False, 0.0, half, reduction, rows, grad_scale=scale)
+    ops = backend_for(backend, first)
+    warn_of_batch_norm(critic)
+    # The critic gets tensors of our own: what else the caller computes from his has no part in the gradient.
+    points = [x.view_as(x) if x.requires_grad else outside_inference_mode(x).detach() for x in samples.tensors]
+    penalty, norms = penalise_critic(
+        critic, Samples(points, samples.spec), critic_args, critic_kwargs, scale, form, ops
+    )
+    return (penalty, norms) if return_norms else penalty
 
 
-def _input_gradient(scores: Tensor, x_hat: Tensor, create_graph: bool) -> Tensor:
-    """d sum(scores) / d x_hat."""
-    arguments.scores(scores, x_hat)
-    gradients = None
-    if scores.requires_grad:
-        ones = torch.ones_like(scores)
-        (gradients,) = torch.autograd.grad(scores, x_hat, ones, create_graph=create_graph, allow_unused=True)
-    if gradients is None:
+def input_gradient_penalty(
+    outputs: Any,
+    inputs: Any,
+    *,
+    output_weights: Any = None,
+    target: float = 1.0,
+    one_sided: bool = False,
+    eps: float = 1e-12,
+    weight: float = 1.0,
+    reduction: str = "mean",
+    group_size: int = 1,
+    grad_scale: Any = None,
+    backend: str = "auto",
+    return_norms: bool = False,
+) -> Any:
+    r"""The gradient penalty of a critic that has already run.
+
+    .. math::
+        g = \frac{\partial}{\partial x} \sum_k c_k \sum D_k(x), \qquad n_i = \sqrt{\textstyle\sum g_i^2 + \epsilon},
+        \qquad P = \text{weight} \cdot \operatorname*{mean}_i\, (n_i - t)^2
+
+    One run of the critic then serves its loss and its penalty, at the samples themselves::
+
+        images.requires_grad_()
+        logits, aux = critic(images)
+        gp = input_gradient_penalty((logits, aux), images, weight=10)
+
+    Args:
+        outputs: what the critic returned for `inputs`: a floating tensor of any shape, or a tuple, list or dict of
+            them. All elements are summed.
+        inputs: what the critic was given, requiring grad since before it ran: (B, ...) tensor, or a tuple, list or
+            dict of them with one norm per sample over all. One that the outputs do not depend on counts as gradient
+            zero.
+        output_weights: c, in the structure of `outputs`: a number each, or a tensor of the output's shape.
+        target, one_sided, eps, weight, reduction, group_size, grad_scale, backend, return_norms: as in
+            `fused_gradient_penalty`. With ``target=0, weight=gamma / 2`` this is R1. Outputs that went through
+            ``scaler.scale`` already: ask for their gradient yourself, and hand it to `gradient_norm_penalty`.
+
+    Returns and derivatives as in `fused_gradient_penalty`; the outputs' graph is kept. No ``.grad`` is written.
+
+    Raises:
+        TypeError: an argument is not of the kind above.
+        ValueError: shapes, devices or values do not fit, an input does not require grad, or no output depends on any.
+    """
+    outs = arguments.outputs(outputs)
+    ins = arguments.samples("inputs", inputs)
+    for index, x in enumerate(ins.tensors):
+        if not x.requires_grad:
+            raise ValueError(
+                f"{arguments.leaf('inputs', inputs, index)} must require grad since before the critic ran, got a "
+                "tensor that does not: call requires_grad_() on it first"
+            )
+    first = ins.tensors[0]
+    rows = arguments.rows(group_size, len(first))
+    arguments.flag("return_norms", return_norms)
+    scale = arguments.grad_scale(grad_scale, first.device)
+    form = arguments.form(target, one_sided, eps, weight, reduction, rows, grad_scale=scale)
+    ops = backend_for(backend, first)
+    cotangents = [scaled_ones(output, scale) for output in outs.tensors]
+    if output_weights is not None:
+        factors = arguments.output_weights(output_weights, outputs, outs)
+        cotangents = [(c * factor).to(c.dtype) for c, factor in zip(cotangents, factors, strict=True)]
+    gradients = input_gradients(outs.tensors, cotangents, ins.tensors, torch.is_grad_enabled(), retain_graph=True)
+    if not gradients:
         raise ValueError(
-            "critic must return scores that depend on the samples it is given, got scores that do not: "
-            "is there a detach() or no_grad() inside it?"
+            "outputs must depend on inputs, got outputs that do not: did the critic run on a copy of them, or under "
+            "no_grad()?"
         )
-    return gradients
-
-
-_seen: WeakSet[torch.nn.Module] = WeakSet()
-
-
-def _warn_of_batch_norm(critic: Any) -> None:
-    """Once per critic; one that was seen costs a look-up."""
-    if not isinstance(critic, torch.nn.Module) or critic in _seen:
-        return
-    norms = {name: module for name, module in critic.named_modules() if isinstance(module, _BatchNorm)}
-    training = [
-        name or type(module).__name__
-        for name, module in norms.items()
-        if module.training or not module.track_running_stats  # both use the statistics of the batch
-    ]
-    if training or not norms:  # nothing more to say; batch norm in eval mode may yet be put in training mode
-        _seen.add(critic)
-    if training:
-        warnings.warn(
-            f"critic has batch normalisation in training mode ({', '.join(training)}): its samples see one another, "
-            "so their gradient norms are not those of single samples. Use LayerNorm, GroupNorm or none, as the "
-            "WGAN-GP paper does.",
-            stacklevel=3,
-        )
+    penalty, norms = penalise_rows(gradients, form, ops)
+    return (penalty, norms) if return_norms else penalty

@@ -10,35 +10,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .form import accumulation_type
 
 
-def interpolate(real: Tensor, fake: Tensor, alpha: Tensor | float) -> Tensor:
+def interpolate(real: Any, fake: Any, alpha: Tensor | float) -> Any:
     """x_hat_i = alpha_i fake_i + (1 - alpha_i) real_i."""
-    dtype = accumulation_type(real.dtype)
-    if not isinstance(alpha, Tensor):
-        alpha = torch.tensor(alpha, dtype=dtype)
-    if alpha.ndim:
-        alpha = alpha.reshape(-1, *[1] * (real.ndim - 1))
-    alpha = alpha.to(real.device, dtype)
-    return (alpha * fake.to(dtype) + (1 - alpha) * real.to(dtype)).to(real.dtype)
+
+    def between(x: Tensor, y: Tensor) -> Tensor:
+        dtype = accumulation_type(x.dtype)
+        a = alpha if isinstance(alpha, Tensor) else torch.tensor(alpha, dtype=dtype)
+        if a.ndim:  # one for each group of samples, repeated for its members
+            a = a.flatten().repeat_interleave(len(x) // a.numel()).reshape(-1, *[1] * (x.ndim - 1))
+        a = a.to(x.device, dtype)
+        return (a * y.to(dtype) + (1 - a) * x.to(dtype)).to(x.dtype)
+
+    return tree_map(between, real, fake)
 
 
 def gradient_norm_penalty(
-    gradients: Tensor,
+    gradients: Any,
     *,
     target: float = 1.0,
     one_sided: bool = False,
     squared: bool = False,
     eps: float = 1e-12,
-    grad_scale: float | None = None,
+    grad_scale: float | Tensor | None = None,
     weight: float = 1.0,
     reduction: str = "mean",
+    group_size: int = 1,
     return_norms: bool = False,
 ) -> Any:
-    """weight * mean_i (n_i - t)^2 with n_i = sqrt(sum g_i^2 + eps)."""
-    g = gradients.to(accumulation_type(gradients.dtype)).reshape(len(gradients), -1)
+    """weight * mean_i (n_i - t)^2 with n_i = sqrt(sum g_i^2 + eps), the sum over all tensors and members of a group."""
+    tensors = tree_leaves(gradients)
+    dtype = accumulation_type(*[g.dtype for g in tensors])
+    g = torch.cat([g.to(dtype).reshape(len(g) // group_size, -1) for g in tensors], 1)
     if grad_scale is not None:
         g = g / grad_scale
     square = (g * g).sum(1)
@@ -62,24 +69,78 @@ def gradient_norm_penalty(
     return (penalty, norms.detach()) if return_norms else penalty
 
 
+def input_gradient_penalty(
+    outputs: Any,
+    inputs: Any,
+    *,
+    output_weights: Any = None,
+    grad_scale: float | Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """The penalty on the gradient of the weighted sum of the outputs; an input they do not depend on has gradient 0."""
+    outs, ins = tree_leaves(outputs), tree_leaves(inputs)
+    factors = [1.0] * len(outs) if output_weights is None else tree_leaves(output_weights)
+    total = sum((factor * out).sum() for factor, out in zip(factors, outs, strict=True))
+    if grad_scale is not None:
+        total = total * grad_scale
+    gradients = torch.autograd.grad(total, ins, create_graph=True, materialize_grads=True)
+    return gradient_norm_penalty(gradients, grad_scale=grad_scale, **options)
+
+
 def fused_gradient_penalty(
     critic: Callable[..., Tensor],
-    real: Tensor,
-    fake: Tensor,
+    real: Any,
+    fake: Any,
     *,
     alpha: Tensor | float | None = None,
     generator: torch.Generator | None = None,
+    group_size: int = 1,
     critic_args: Sequence[Any] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """The penalty on the gradient of the critic's summed scores at points between real and fake samples."""
+    first = tree_leaves(real)[0]
     if alpha is None:
-        shape = [real.shape[0]] + [1] * (real.ndim - 1)
-        alpha = torch.rand(shape, generator=generator, device=real.device)
+        shape = [len(first) // group_size] + [1] * (first.ndim - 1)
+        alpha = torch.rand(shape, generator=generator, device=first.device)
     x_hat = interpolate(real, fake, alpha)
-    if not x_hat.requires_grad:
-        x_hat.requires_grad_()
+    x_hat = tree_map(lambda x: x if x.requires_grad else x.requires_grad_(), x_hat)
     scores = critic(x_hat, *critic_args, **(critic_kwargs or {}))
-    (gradients,) = torch.autograd.grad(scores, x_hat, torch.ones_like(scores), create_graph=True)
-    return gradient_norm_penalty(gradients, **options)
+    return input_gradient_penalty(scores, x_hat, group_size=group_size, **options)
+
+
+def dragan_penalty(
+    critic: Callable[..., Tensor],
+    real: Any,
+    *,
+    noise_scale: float = 0.5,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Any:
+    """Between the real samples and themselves with noise of half their standard deviation."""
+
+    def noisy(x: Tensor) -> Tensor:
+        return x + noise_scale * x.std() * torch.empty_like(x).uniform_(generator=generator)
+
+    return fused_gradient_penalty(critic, real, tree_map(noisy, real), generator=generator, **options)
+
+
+def r1_penalty(
+    critic: Callable[..., Tensor],
+    real: Any,
+    *,
+    weight: float = 1.0,
+    critic_args: Sequence[Any] = (),
+    critic_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """weight / 2 * mean_i of the squared norm of the gradient at the real samples."""
+    x = tree_map(lambda t: t.view_as(t) if t.requires_grad else t.detach().requires_grad_(), real)
+    scores = critic(x, *critic_args, **(critic_kwargs or {}))
+    return input_gradient_penalty(scores, x, weight=weight / 2, target=0.0, **options)
+
+
+def r2_penalty(critic: Callable[..., Tensor], fake: Any, **options: Any) -> Any:
+    """The same at the fake samples."""
+    return r1_penalty(critic, fake, **options)

@@ -1,7 +1,8 @@
 """Any tensor of B samples as R rows of N elements, in the order in which memory holds them.
 
-Sums over a sample do not care about the order of its elements, and interpolation is elementwise, so a channels_last
-tensor is walked as it lies instead of being copied. All of it is made of differentiable view operations.
+A row is a sample, or a group of samples that follow one another. Sums over a row do not care about the order of its
+elements, and interpolation is elementwise, so a channels_last tensor is walked as it lies instead of being copied. All
+of it is made of differentiable view operations.
 """
 
 from torch import Tensor
@@ -20,7 +21,7 @@ def storage_order(tensor: Tensor) -> Order | None:
 
 def to_rows(tensor: Tensor, order: Order | None, rows: int) -> Tensor:
     """(B, ...) -> (rows, N) with unit stride inside a row; copies only what cannot be viewed so."""
-    if tensor.ndim == 2 and tensor.stride(1) == 1 and not tensor.is_neg():
+    if tensor.ndim == 2 and tensor.shape[0] == rows and tensor.stride(1) == 1 and not tensor.is_neg():
         return tensor
     if order is not None:
         tensor = tensor.permute(order)
@@ -36,6 +37,6 @@ def unit_stride(rows: Tensor) -> Tensor:
 def from_rows(rows: Tensor, order: Order | None, like: Tensor) -> Tensor:
     """(R, N) -> the shape of `like`, elements placed as `to_rows` read them."""
     if order is None:
-        return rows if like.ndim == 2 else rows.reshape(like.shape)
+        return rows if rows.shape == like.shape else rows.reshape(like.shape)
     shape = [like.shape[dim] for dim in order]
     return rows.reshape(shape).permute([order.index(dim) for dim in range(like.ndim)])

@@ -4,6 +4,8 @@ On a CPU, a large new tensor costs more than the arithmetic that fills it, so ea
 rows' size beyond those it returns (half types make fp32 ones on the way). They know no autograd. Formulas: `kernels/`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,10 +32,10 @@ def interpolate_adjoint(
     return real_grad, fake_grad
 
 
-def penalty_forward(gradients: Tensor, form: PenaltyForm) -> tuple[Tensor, Tensor]:
-    """(R, N) rows -> (penalty, norms): a scalar or (R,), and (R,), in the accumulation type."""
+def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:
+    """(R, N) rows of one tensor or several -> penalty, a scalar or (R,), and norms, (R,), in the accumulation type."""
     norms = _row_norms(gradients)
-    if form.kappa != 1:
+    if form.kappa is not None:
         norms *= form.kappa
     if form.eps and not form.squared:
         norms = torch.addcmul(norms.new_full((), form.eps), norms, norms).sqrt_()
@@ -42,55 +44,83 @@ def penalty_forward(gradients: Tensor, form: PenaltyForm) -> tuple[Tensor, Tenso
     return penalty.mul_(form.scale), norms
 
 
-def penalty_backward(gradients: Tensor, norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
-    """Upstream, a scalar or (R,) -> (R, N), the gradient of the penalty."""
-    weight = _row_weight(norms, form, form.scale * form.kappa**2).mul_(upstream)
-    return _scaled(gradients, weight.unsqueeze(1))
+def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
+    """Upstream, a scalar or (R,) -> the gradients of the penalty, (R, N) each."""
+    weight = _row_weight(norms, upstream, form)
+    return [_scaled(g, weight) for g in gradients]
 
 
 def penalty_double_backward(
-    gradients: Tensor, norms: Tensor, upstream: Tensor, cotangents: Tensor, form: PenaltyForm, upstream_needed: bool
-) -> tuple[Tensor, Tensor | None]:
+    gradients: Sequence[Tensor],
+    norms: Tensor,
+    upstream: Tensor,
+    cotangents: Sequence[Tensor],
+    form: PenaltyForm,
+    upstream_needed: bool,
+) -> tuple[list[Tensor], Tensor | None]:
     """(R, N) cotangents of the backward -> gradients of its `gradients` and, where needed, of its `upstream`."""
-    factor = form.scale * form.kappa**2
-    weight = _row_weight(norms, form, factor).mul_(upstream)
+    weight = _row_weight(norms, upstream, form)
     if form.squared and not upstream_needed:
-        return _scaled(cotangents, weight.unsqueeze(1)), None
-    products = torch.mul(gradients.to(norms.dtype), cotangents)
-    dots = products.sum(1).mul_(form.kappa**2)
+        return [_scaled(u, weight) for u in cotangents], None
+    products = [torch.mul(g.to(norms.dtype), u) for g, u in zip(gradients, cotangents, strict=True)]
+    dots = products[0].sum(1)
+    for product in products[1:]:
+        dots += product.sum(1)
+    if form.kappa is not None:
+        dots *= form.kappa**2
 
     upstream_grad = None
     if upstream_needed:
-        upstream_grad = _row_weight(norms, form, form.scale).mul_(dots)
+        upstream_grad = _scaled_w(norms, form).mul_(dots)
         upstream_grad = upstream_grad.sum() if form.reduce else upstream_grad
     if form.squared:
-        return _scaled(cotangents, weight.unsqueeze(1)), upstream_grad
+        return [_scaled(u, weight) for u in cotangents], upstream_grad
 
     # (w'/n) s g = (2 t / n) (s / n) (g / n), in this order: 2 t / n^3 alone overflows for small n.
     flat = norms <= form.target if form.one_sided else norms == 0  # false for NaN, which stays NaN
     inverse = norms.reciprocal().masked_fill_(flat, 0.0)
-    bend = (upstream * inverse).mul_(2 * form.target * factor) * (dots * inverse)
-    grad = torch.mul(gradients, inverse[:, None], out=products).mul_(bend[:, None])
-    return grad.addcmul_(cotangents, weight[:, None]).to(gradients.dtype), upstream_grad
+    bend = (upstream * inverse).mul_(2 * form.target * form.scale) * (dots * inverse)
+    if form.kappa is not None:
+        bend *= form.kappa**2
+    grads = []
+    for g, u, product in zip(gradients, cotangents, products, strict=True):
+        grad = torch.mul(g, inverse[:, None], out=product).mul_(bend[:, None])
+        grads.append(grad.addcmul_(u, weight).to(g.dtype))
+    return grads, upstream_grad
 
 
-def _row_weight(norms: Tensor, form: PenaltyForm, factor: float) -> Tensor:
-    """factor * w(n), where w(n) = 2 (n - t) / n. Few operations: at GAN sizes each costs more than its work."""
+def _row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
+    """upstream * scale * kappa^2 * w(n), as a column, or as one number where all rows have the same."""
+    weight = upstream * (2 * form.scale) if form.squared else _scaled_w(norms, form).mul_(upstream)
+    if form.kappa is not None:
+        weight *= form.kappa**2
+    return weight[:, None] if weight.ndim else weight
+
+
+def _scaled_w(norms: Tensor, form: PenaltyForm) -> Tensor:
+    """scale * w(n), where w(n) = 2 (n - t) / n. Few operations: at GAN sizes each costs more than its work."""
     if form.squared:
-        return torch.full_like(norms, 2 * factor)
-    weight = torch.addcdiv(norms.new_zeros(()), _excess(norms, form), norms, value=2 * factor)
-    return weight if form.eps >= 1e-30 else weight.masked_fill_(norms == 0, 0)  # such an eps leaves no norm at zero
+        return torch.full_like(norms, 2 * form.scale)
+    w = torch.addcdiv(norms.new_zeros(()), _excess(norms, form), norms, value=2 * form.scale)
+    return w if form.eps >= 1e-30 else w.masked_fill_(norms == 0, 0)  # such an eps leaves no norm at zero
 
 
 def _scaled(rows: Tensor, column: Tensor) -> Tensor:
-    """Each row times its element of the column, in the column's precision, rounded once to the rows' type."""
+    """Each row times its element of the column, or all times one number, in its precision, rounded once."""
     if rows.dtype == column.dtype:
         return torch.mul(rows, column)
     return torch.mul(rows, column, out=torch.empty_like(rows))
 
 
-def _row_norms(rows: Tensor) -> Tensor:
-    dtype = accumulation_type(rows.dtype)
+def _row_norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of each row, over all tensors."""
+    if len(gradients) == 1:
+        return _norms_of_one(gradients[0], accumulation_type(gradients[0].dtype))
+    dtype = accumulation_type(*[g.dtype for g in gradients])
+    return torch.linalg.vector_norm(torch.stack([_norms_of_one(g, dtype) for g in gradients]), 2, 0)
+
+
+def _norms_of_one(rows: Tensor, dtype: torch.dtype) -> Tensor:
     width = rows.shape[1]
     if width <= CHUNK or dtype == torch.float64:
         return torch.linalg.vector_norm(rows, 2, 1, dtype=dtype)

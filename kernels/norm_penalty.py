@@ -11,7 +11,12 @@ Per row, with kappa = 1 / grad_scale and x = kappa g:
     backward            dg = a scale kappa^2 w g                                             scale_rows
     double backward     s = kappa^2 <g, u>,  da = scale w s                                  reduce_rows
                         dg = a scale kappa^2 [w u + (w'/n) s g]                              scale_rows
+
+Where several tensors make up a row, each launch of a reduction carries the sums of the tensors before it on, and the
+last one takes the root.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -52,23 +57,36 @@ def row_weight(n, target, ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr):
 
 
 @triton.jit
+def factor(kappa, kappa_at, acc: tl.constexpr):
+    # kappa: a number, or, where the host does not know it (a GradScaler's), the element of a tensor.
+    if kappa_at is None:
+        return tl.full((), kappa, acc)
+    else:
+        return tl.load(kappa_at).to(acc)
+
+
+@triton.jit
 def finish_rows(
-    total, row, mask, norms, dots, penalty, eps, target, scale,
-    ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, DOUBLE: tl.constexpr, REDUCE: tl.constexpr,
+    total, row, mask, norms, carried, sums, penalty, eps, target, scale,
+    ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, DOUBLE: tl.constexpr, LAST: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     # From a row's sum to what is kept of the row; returns its share of the scaled sum over rows.
-    if DOUBLE:
-        tl.store(dots + row, total, mask=mask)
-        n = tl.load(norms + row, mask=mask, other=1.0)
-        value = row_weight(n, target, ONE_SIDED, SQUARED) * total * scale
-    elif SQUARED:
-        tl.store(norms + row, root(total), mask=mask)
-        value = total * scale
-    else:
-        n = root(total + eps)
-        tl.store(norms + row, n, mask=mask)
-        difference = excess(n, target, ONE_SIDED)
-        value = difference * difference * scale
+    if carried is not None:
+        total += tl.load(carried + row, mask=mask, other=0.0)
+    if sums is not None:
+        tl.store(sums + row, total, mask=mask)
+    value = total * scale
+    if LAST:
+        if DOUBLE:
+            n = tl.load(norms + row, mask=mask, other=1.0)
+            value *= row_weight(n, target, ONE_SIDED, SQUARED)
+        elif SQUARED:
+            tl.store(norms + row, root(total), mask=mask)
+        else:
+            n = root(total + eps)
+            tl.store(norms + row, n, mask=mask)
+            difference = excess(n, target, ONE_SIDED)
+            value = difference * difference * scale
     if penalty is not None and not REDUCE:
         tl.store(penalty + row, value, mask=mask)
     return tl.where(mask, value, 0.0)
@@ -76,16 +94,17 @@ def finish_rows(
 
 @triton.jit
 def reduce_rows_kernel(
-    gradients, cotangents, norms, dots, penalty, partials, arrived,
+    gradients, cotangents, norms, carried, sums, penalty, partials, arrived, kappa_at,
     rows, width, slice_width, gradients_stride, cotangents_stride,
     kappa: tl.float64, eps: tl.float64, target: tl.float64, scale: tl.float64,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr,
-    ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, REDUCE: tl.constexpr,
+    ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, LAST: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    # Without cotangents: sum x^2 per row, then norms and penalty. With them: kappa^2 <g, u>, then dots and the
-    # gradient of the upstream factor (in `penalty`).
+    # Without cotangents: sum x^2 per row. With them: kappa^2 <g, u>. To it comes what is carried from other tensors of
+    # the row; `sums`, where given, keeps it. The last tensor's launch makes norms and penalty of it, or, with
+    # cotangents, the gradient of the upstream factor (in `penalty`).
     acc = norms.dtype.element_ty
-    kappa = tl.full((), kappa, acc)
+    kappa = factor(kappa, kappa_at, acc)
     eps = tl.full((), eps, acc)
     target = tl.full((), target, acc)
     scale = tl.full((), scale, acc)
@@ -97,22 +116,23 @@ def reduce_rows_kernel(
     begin = (program % SPLITS).to(tl.int64) * slice_width
     end = tl.minimum(begin + slice_width, width)
 
-    sums = tl.zeros((ROWS, COLS), acc)
+    lanes = tl.zeros((ROWS, COLS), acc)
     for start in range(begin, end, COLS):
         col = start + tl.arange(0, COLS)
         mask = in_batch[:, None] & (col < width)[None, :]
         g = tl.load(gradients + row[:, None] * gradients_stride + col[None, :], mask=mask, other=0.0).to(acc) * kappa
         if DOUBLE:
             u = tl.load(cotangents + row[:, None] * cotangents_stride + col[None, :], mask=mask, other=0.0).to(acc)
-            sums += g * (u * kappa)
+            lanes += g * (u * kappa)
         else:
-            sums += g * g
-    total = tl.sum(sums, axis=1)
+            lanes += g * g
+    total = tl.sum(lanes, axis=1)
 
     if SPLITS == 1:
         value = finish_rows(
-            total, row, in_batch, norms, dots, penalty, eps, target, scale, ONE_SIDED, SQUARED, DOUBLE, REDUCE
-        )
+            total, row, in_batch, norms, carried, sums, penalty, eps, target, scale,
+            ONE_SIDED, SQUARED, DOUBLE, LAST, REDUCE,
+        )  # fmt: skip
         if REDUCE:
             tl.store(partials + program, tl.sum(value, axis=0))
     else:
@@ -139,8 +159,8 @@ def reduce_rows_kernel(
                     row_sums = tl.sum(tl.load(partials + index, mask=known[:, None], other=0.0), axis=1)
                     grand_total += tl.sum(
                         finish_rows(
-                            row_sums, each, known, norms, dots, penalty, eps, target, scale,
-                            ONE_SIDED, SQUARED, DOUBLE, REDUCE,
+                            row_sums, each, known, norms, carried, sums, penalty, eps, target, scale,
+                            ONE_SIDED, SQUARED, DOUBLE, LAST, REDUCE,
                         ), axis=0,
                     )  # fmt: skip
             if REDUCE:
@@ -150,14 +170,14 @@ def reduce_rows_kernel(
 
 @triton.jit
 def scale_rows_kernel(
-    gradients, cotangents, norms, dots, upstream, out,
+    gradients, cotangents, norms, dots, upstream, kappa_at, out,
     rows, width, tiles, gradients_stride, cotangents_stride, upstream_stride,
     kappa: tl.float64, target: tl.float64, scale: tl.float64,
     ROWS: tl.constexpr, COLS: tl.constexpr, ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr,
 ):  # fmt: skip
     # Without cotangents: a scale kappa^2 w g. With them: a scale kappa^2 [w u + (w'/n) s g].
     acc = norms.dtype.element_ty
-    kappa = tl.full((), kappa, acc)
+    kappa = factor(kappa, kappa_at, acc)
     target = tl.full((), target, acc)
     scale = tl.full((), scale, acc)
 
@@ -188,53 +208,68 @@ def scale_rows_kernel(
     tl.store(out + row[:, None] * width + col[None, :], value, mask=mask)
 
 
-def penalty_forward(gradients: Tensor, form: PenaltyForm) -> tuple[Tensor, Tensor]:
-    """(R, N) rows -> (penalty, norms): a scalar or (R,), and (R,), in the accumulation type."""
-    norms = gradients.new_empty(gradients.shape[0], dtype=accumulation_type(gradients.dtype))
+def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:
+    """(R, N) rows of one tensor or several -> penalty, a scalar or (R,), and norms, (R,), in the accumulation type."""
+    norms = gradients[0].new_empty(form.rows, dtype=accumulation_type(*[g.dtype for g in gradients]))
     penalty = norms.new_empty(() if form.reduce else norms.shape)
     _reduce_rows(gradients, None, norms, None, penalty, form)
     return penalty, norms
 
 
-def penalty_backward(gradients: Tensor, norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
-    """Upstream, a scalar or (R,) -> (R, N), the gradient of the penalty."""
-    return _scale_rows(gradients, None, norms, None, upstream, form)
+def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
+    """Upstream, a scalar or (R,) -> the gradients of the penalty, (R, N) each."""
+    return [_scale_rows(g, None, norms, None, upstream, form) for g in gradients]
 
 
 def penalty_double_backward(
-    gradients: Tensor, norms: Tensor, upstream: Tensor, cotangents: Tensor, form: PenaltyForm, upstream_needed: bool
-) -> tuple[Tensor, Tensor | None]:
+    gradients: Sequence[Tensor],
+    norms: Tensor,
+    upstream: Tensor,
+    cotangents: Sequence[Tensor],
+    form: PenaltyForm,
+    upstream_needed: bool,
+) -> tuple[list[Tensor], Tensor | None]:
     """(R, N) cotangents of the backward -> gradients of its `gradients` and, where needed, of its `upstream`."""
     dots = torch.empty_like(norms)
     upstream_grad = norms.new_empty(upstream.shape) if upstream_needed else None
     if upstream_needed or not form.squared:  # squared alone has w' = 0: its dots go nowhere
         _reduce_rows(gradients, cotangents, norms, dots, upstream_grad, form)
-    return _scale_rows(gradients, cotangents, norms, dots, upstream, form), upstream_grad
+    pairs = zip(gradients, cotangents, strict=True)
+    return [_scale_rows(g, u, norms, dots, upstream, form) for g, u in pairs], upstream_grad
 
 
 def _reduce_rows(
-    gradients: Tensor,
-    cotangents: Tensor | None,
+    gradients: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None,
     norms: Tensor,
     dots: Tensor | None,
     penalty: Tensor | None,
     form: PenaltyForm,
 ) -> None:
-    rows, width = gradients.shape
-    reduce = form.reduce and penalty is not None
-    tiling = reduction_tile(rows, width, gradients.element_size())
-    programs = triton.cdiv(rows, tiling.rows) * tiling.splits
-    slice_width = triton.cdiv(triton.cdiv(width, tiling.splits), tiling.cols) * tiling.cols
-    finishes = reduce or tiling.splits > 1  # only then are there partial sums, and somebody to finish them
-    launch(
-        reduce_rows_kernel, programs, gradients,
-        gradients, cotangents, norms, dots, penalty,
-        norms.new_empty(programs) if finishes else None, arrivals(gradients.device) if finishes else None,
-        rows, width, slice_width, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
-        form.kappa, form.eps, form.target, form.scale,
-        ROWS=tiling.rows, COLS=tiling.cols, SPLITS=tiling.splits,
-        ONE_SIDED=form.one_sided, SQUARED=form.squared, REDUCE=reduce,
-    )  # fmt: skip
+    """One launch per tensor; the last finishes the rows."""
+    kappa, kappa_at = _kappa(form)
+    carried = None
+    last = len(gradients) - 1
+    for index, g in enumerate(gradients):
+        u = None if cotangents is None else cotangents[index]
+        sums = dots if index == last else torch.empty_like(norms)
+        result = penalty if index == last else None
+        rows, width = g.shape
+        reduce = form.reduce and result is not None
+        tiling = reduction_tile(rows, width, g.element_size())
+        programs = triton.cdiv(rows, tiling.rows) * tiling.splits
+        slice_width = triton.cdiv(triton.cdiv(width, tiling.splits), tiling.cols) * tiling.cols
+        finishes = reduce or tiling.splits > 1  # only then are there partial sums, and somebody to finish them
+        launch(
+            reduce_rows_kernel, programs, g,
+            g, u, norms, carried, sums, result,
+            norms.new_empty(programs) if finishes else None, arrivals(g.device) if finishes else None, kappa_at,
+            rows, width, slice_width, g.stride(0), 0 if u is None else u.stride(0),
+            kappa, form.eps, form.target, form.scale,
+            ROWS=tiling.rows, COLS=tiling.cols, SPLITS=tiling.splits,
+            ONE_SIDED=form.one_sided, SQUARED=form.squared, LAST=index == last, REDUCE=reduce,
+        )  # fmt: skip
+        carried = sums
 
 
 def _scale_rows(
@@ -246,16 +281,24 @@ def _scale_rows(
     form: PenaltyForm,
 ) -> Tensor:
     rows, width = gradients.shape
+    kappa, kappa_at = _kappa(form)
     upstream = upstream.resolve_neg()
     out = gradients.new_empty(rows, width)
     tiling = tile(rows, width, gradients.element_size())
     tiles = triton.cdiv(width, tiling.cols)
     launch(
         scale_rows_kernel, triton.cdiv(rows, tiling.rows) * tiles, gradients,
-        gradients, cotangents, norms, dots, upstream, out,
+        gradients, cotangents, norms, dots, upstream, kappa_at, out,
         rows, width, tiles, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
         upstream.stride(0) if upstream.ndim else 0,
-        form.kappa, form.target, form.scale,
+        kappa, form.target, form.scale,
         ROWS=tiling.rows, COLS=tiling.cols, ONE_SIDED=form.one_sided, SQUARED=form.squared,
     )  # fmt: skip
     return out
+
+
+def _kappa(form: PenaltyForm) -> tuple[float, Tensor | None]:
+    """kappa as a number for the kernel, or as the tensor it reads."""
+    if isinstance(form.kappa, Tensor):
+        return 1.0, form.kappa
+    return 1.0 if form.kappa is None else form.kappa, None

@@ -78,11 +78,16 @@ def call_all(rows: torch.Tensor, thorough: bool) -> None:
         kernels.interpolate_adjoint(rows, alpha, *needed)
     forms = (False, False, "mean"), (True, False, "none"), (False, True, "mean")
     for one_sided, squared, reduction in forms[: 3 if thorough else 1]:
-        form = arguments.form(1.0, one_sided, 1e-12, 1.0, reduction, rows=len(rows), squared=squared)
-        penalty, norms = kernels.penalty_forward(rows, form)
-        kernels.penalty_backward(rows, norms, torch.ones_like(penalty), form)
-        for upstream_needed in (True, False)[: 2 if thorough else 1]:
-            kernels.penalty_double_backward(rows, norms, torch.ones_like(penalty), rows, form, upstream_needed)
+        for tensors, grad_scale in (([rows], None), ([rows, rows], torch.ones(())))[: 2 if thorough else 1]:
+            form = arguments.form(
+                1.0, one_sided, 1e-12, 1.0, reduction, len(rows), squared=squared, grad_scale=grad_scale
+            )
+            penalty, norms = kernels.penalty_forward(tensors, form)
+            kernels.penalty_backward(tensors, norms, torch.ones_like(penalty), form)
+            for upstream_needed in (True, False)[: 2 if thorough else 1]:
+                kernels.penalty_double_backward(
+                    tensors, norms, torch.ones_like(penalty), tensors, form, upstream_needed
+                )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,17 @@ def never(x):
 
 
 SAMPLES = [
-    ([1.0, 2.0], TypeError, "{} must be a torch.Tensor, got list"),
-    (None, TypeError, "{} must be a torch.Tensor, got NoneType"),
+    ([1.0, 2.0], TypeError, r"{}\[0\] must be a torch.Tensor, got float"),
+    ({"image": GOOD, "mask": None}, TypeError, r"{}\['mask'\] must be a torch.Tensor, got NoneType"),
+    (None, TypeError, "{} must be a torch.Tensor, or a tuple, list or dict of them, got NoneType"),
+    ((), ValueError, "{} must hold at least one tensor, got an empty tuple"),
+    ((GOOD, GOOD.int()), TypeError, r"{}\[1\] must be fp16, bf16, fp32 or fp64, got torch.int32"),
+    (
+        (GOOD, GOOD[:3]),
+        ValueError,
+        r"{0} must hold tensors of one batch size on one device, got shape \(4, 3\) on cpu and, as {0}\[1\], shape",
+    ),
+    ((GOOD, GOOD.to("meta")), ValueError, "{} must hold tensors of one batch size on one device, got"),
     (torch.ones(4, 3, dtype=torch.int64), TypeError, "{} must be fp16, bf16, fp32 or fp64, got torch.int64"),
     (torch.ones(4, 3, dtype=torch.bool), TypeError, "{} must be fp16, bf16, fp32 or fp64, got torch.bool"),
     (torch.ones(4, 3, dtype=torch.complex64), TypeError, "{} must be fp16, bf16, fp32 or fp64, got torch.complex64"),
@@ -75,7 +84,7 @@ def test_real_and_fake_are_alike(fake, error, message):
         (torch.rand(1), ValueError, r"alpha must be one number per sample.*got shape \(1,\)"),
         (torch.rand(1, 1), ValueError, r"alpha must be one number per sample.*got shape \(1, 1\)"),
         (torch.rand(1, 4), ValueError, r"alpha must be one number per sample.*got shape \(1, 4\)"),
-        (torch.rand(4, 1, 1), ValueError, r"alpha must be one number per sample.*got shape \(4, 1, 1\)"),
+        (torch.rand(2), ValueError, r"alpha must be one number per sample.*got shape \(2,\)"),
         (torch.ones(4, dtype=torch.int64), TypeError, "alpha must be a floating tensor, got torch.int64"),
         (torch.rand(4, device="meta"), ValueError, "alpha must be on the device of real, cpu, got meta"),
     ],
@@ -163,8 +172,8 @@ def test_generator_of_another_device():
         (lambda x: 1.0, TypeError, "critic must return one tensor of scores, got float"),
         (lambda x: x > 0, TypeError, "critic must return floating scores, got torch.bool"),
         (lambda x: torch.complex(x, x), TypeError, "critic must return floating scores, got torch.complex64"),
-        (lambda x: x.mean(), ValueError, r"at least one score per sample, got shape \(\) for 4 samples"),
-        (lambda x: x.mean(0), ValueError, r"at least one score per sample, got shape \(3,\) for 4 samples"),
+        (lambda x: x.mean(), ValueError, r"at least one score per sample or group, got shape \(\) for 4 of"),
+        (lambda x: x.mean(0), ValueError, r"at least one score per sample or group, got shape \(3,\) for 4 of"),
         (lambda x: x.detach().sum(1), ValueError, "scores that depend on the samples it is given, got scores that do"),
         (lambda x: torch.ones(4), ValueError, "scores that depend on the samples it is given, got scores that do not"),
         (

@@ -1,0 +1,101 @@
+"""From a critic and the points it is asked about to the penalty on its input gradient there."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from . import arguments
+from .form import PenaltyForm
+from .norm_penalty import penalise_rows
+from .samples import Samples
+
+
+def penalise_critic(
+    critic: Callable[..., Any],
+    points: Samples,
+    critic_args: Sequence[Any],
+    critic_kwargs: Mapping[str, Any] | None,
+    grad_scale: float | Tensor | None,
+    form: PenaltyForm,
+    ops: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run the critic once at these points: penalty and norms. Under no_grad and inference_mode, values alone."""
+    if torch.is_grad_enabled():
+        return _penalise(critic, points, critic_args, critic_kwargs, grad_scale, form, ops, True)
+    # The penalty is a value then, but the input gradient inside it still needs a graph for a while.
+    with torch.inference_mode(False), torch.enable_grad():
+        points = Samples([outside_inference_mode(x).detach() for x in points.tensors], points.spec)
+        # Labels made under inference_mode cannot be saved for a backward; their copies can.
+        critic_args, critic_kwargs = tree_map_only(Tensor, outside_inference_mode, (critic_args, critic_kwargs))
+        penalty, norms = _penalise(critic, points, critic_args, critic_kwargs, grad_scale, form, ops, False)
+    return penalty.detach(), norms
+
+
+def _penalise(
+    critic: Callable[..., Any],
+    points: Samples,
+    critic_args: Sequence[Any],
+    critic_kwargs: Mapping[str, Any] | None,
+    grad_scale: float | Tensor | None,
+    form: PenaltyForm,
+    ops: Any,
+    create_graph: bool,
+) -> tuple[Tensor, Tensor]:
+    xs = points.tensors
+    for x in xs:
+        if not x.requires_grad:
+            x.requires_grad_()
+    versions = [x._version for x in xs]
+    scores = critic(points.rebuild(xs), *critic_args, **(critic_kwargs or {}))
+    arguments.scores(scores, form.rows)
+    if [x._version for x in xs] != versions:  # the gradient would be that with respect to what the critic made of it
+        raise ValueError("critic must leave its input as it is, got one that changes it in place: inplace=True first?")
+    gradients = input_gradients([scores], [scaled_ones(scores, grad_scale)], xs, create_graph)
+    if not gradients:
+        raise ValueError(
+            "critic must return scores that depend on the samples it is given, got scores that do not: "
+            "is there a detach() or no_grad() inside it?"
+        )
+    return penalise_rows(gradients, form, ops)
+
+
+def input_gradients(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    create_graph: bool,
+    retain_graph: bool | None = None,
+) -> list[Tensor]:
+    """d sum_k <cotangent_k, output_k> / d input, of those inputs that the outputs depend on: the others' is zero."""
+    attached = [index for index, output in enumerate(outputs) if output.requires_grad]
+    if not attached:
+        return []
+    gradients = torch.autograd.grad(
+        [outputs[index] for index in attached],
+        inputs,
+        [cotangents[index] for index in attached],
+        retain_graph=retain_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def scaled_ones(output: Tensor, grad_scale: float | Tensor | None) -> Tensor:
+    """The cotangent under which the gradient is that of the summed output times grad_scale.
+
+    Scaling here instead of multiplying the output costs no node in the graph.
+    """
+    if grad_scale is None:
+        return torch.ones_like(output)
+    if isinstance(grad_scale, Tensor):
+        return grad_scale.to(output.dtype).expand_as(output)
+    return torch.full_like(output, grad_scale)
+
+
+def outside_inference_mode(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy where it was made under inference_mode and could take no part in a graph."""
+    return tensor.clone() if tensor.is_inference() else tensor

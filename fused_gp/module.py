@@ -1,0 +1,106 @@
+"""Any of the penalties with its options as an nn.Module, computed at every step or lazily at every k-th."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from . import arguments
+from .penalties import fused_gradient_penalty
+
+
+class GradientPenalty(torch.nn.Module):
+    r"""A gradient penalty with its options, for training loops that build their losses as modules.
+
+    ::
+
+        gradient_penalty = GradientPenalty(weight=10)                                  # WGAN-GP
+        gradient_penalty = GradientPenalty(r1_penalty, weight=gamma, every=16)         # StyleGAN2, lazy
+
+        loss = fake_score.mean() - real_score.mean() + gradient_penalty(critic, real, fake)
+
+    Lazily (``every=k``), the first call of k computes the penalty, multiplied by k so that its gradient is on average
+    that of every step (``compensate=False`` leaves the factor out); the other calls run no critic and return a zero
+    whose backward reaches nothing. Calls are counted in training mode only, and the count is part of ``state_dict()``.
+    In evaluation mode every call computes the penalty as it is, without the factor.
+
+    With an optimizer that keeps running averages, StyleGAN2 also corrects those for lazy steps: learning rate times
+    c and betas to the power of c, with c = k / (k + 1).
+
+    Args:
+        penalty: the function to call: `fused_gradient_penalty`, `dragan_penalty`, `r1_penalty`, `r2_penalty`,
+            `input_gradient_penalty`, or your own of their kind.
+        every: k, how many calls share one penalty.
+        compensate: multiply by k.
+        options: keyword arguments of the penalty.
+
+    `forward` takes what the penalty takes (critic, real, fake), and further options for that call. It returns what the
+    penalty returns; a skipped call returns a scalar zero in fp32, and with `return_norms` the pair of it and None.
+
+    Raises:
+        TypeError: penalty is not callable or does not know an option, every is not an int, compensate not a bool.
+        ValueError: every is less than 1.
+
+    Lazy regularisation is from Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020.
+    """
+
+    def __init__(
+        self,
+        penalty: Callable[..., Any] = fused_gradient_penalty,
+        *,
+        every: int = 1,
+        compensate: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not callable(penalty):
+            raise TypeError(f"penalty must be callable, got {type(penalty).__name__}")
+        parameters = inspect.signature(penalty).parameters.values()
+        known = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
+        unknown = [name for name in options if name not in known]
+        if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            raise TypeError(f"options must be of {_name(penalty)}: {', '.join(known)}; got {', '.join(unknown)}")
+        self.penalty = penalty
+        self.every = arguments.positive("every", every)
+        arguments.flag("compensate", compensate)
+        self.compensate = compensate
+        self.options = options
+        self.calls = 0  # in training mode; a Python number, so that deciding to skip waits for no device
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        options = self.options | options
+        if not self.training:
+            return self.penalty(*inputs, **options)
+        due = self.calls % self.every == 0
+        if not due:
+            self.calls += 1
+            return self._nothing(inputs, options)
+        result = self.penalty(*inputs, **options)
+        self.calls += 1  # only now: a call that raised does not count
+        if self.every == 1 or not self.compensate:
+            return result
+        if isinstance(result, tuple):
+            return (result[0] * self.every, *result[1:])
+        return result * self.every
+
+    def _nothing(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Zero on the device of the samples, which can be added to a loss or be one."""
+        device = next((t.device for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)), None)
+        zero = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+        return (zero, None) if options.get("return_norms") else zero
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.calls = state["calls"]
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"{_name(self.penalty)}, every={self.every}, compensate={self.compensate}{options}"
+
+
+def _name(penalty: Callable[..., Any]) -> str:
+    return getattr(penalty, "__name__", type(penalty).__name__)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -37,14 +38,13 @@ def samples(name: str, value: Any) -> Samples:
 
 def pair(real: Any, fake: Any) -> tuple[Samples, Samples]:
     """Two batches of samples of one structure, shape, dtype and device: nothing is broadcast, promoted or moved."""
-    reals = samples("real", real)
-    if reals.spec is None and isinstance(fake, Tensor):
-        fakes = samples("fake", fake)
-    else:
-        samples("fake", fake)
+    if _is_sound(real) and _is_sound(fake) and _are_alike(real, fake):  # the usual case, cheaply
+        return Samples([real], None), Samples([fake], None)
+    reals, fakes = samples("real", real), samples("fake", fake)
+    if reals.spec is not None or fakes.spec is not None:
         fakes = Samples(structured_as(reals, "real", real, "fake", fake), reals.spec)
     for index, (x, y) in enumerate(zip(reals.tensors, fakes.tensors, strict=True)):
-        if x.shape == y.shape and x.dtype == y.dtype and x.device == y.device:
+        if _are_alike(x, y):
             continue
         names = " and ".join(leaf(name, real, index) for name in ("real", "fake"))
         if x.shape != y.shape:
@@ -83,13 +83,6 @@ def positive(name: str, value: Any) -> int:
     return value
 
 
-def rows(group_size: Any, batch: int) -> int:
-    """How many groups of consecutive samples the batch holds."""
-    if batch % positive("group_size", group_size):
-        raise ValueError(f"group_size must divide the batch, got {group_size} for {batch} samples")
-    return batch // group_size
-
-
 def alpha(value: Any, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """alpha as a column, (rows, 1)."""
     if not isinstance(value, Tensor):
@@ -114,9 +107,7 @@ def alpha(value: Any, rows: int, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def generator(value: Any, device: torch.device) -> None:
-    """A generator that can draw on this device, or None."""
-    if value is None:
-        return
+    """A generator that can draw on this device."""
     if not isinstance(value, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
     if value.device.type != device.type:
@@ -180,7 +171,7 @@ def output_weights(value: Any, outputs: Any, model: Samples) -> list[Any]:
     return factors
 
 
-def grad_scale(value: Any, device: torch.device) -> float | Tensor | None:
+def _grad_scale(value: Any, device: torch.device) -> float | Tensor | None:
     """The factor that scores are multiplied by: a number, or a tensor of one element that nobody has read yet."""
     if value is None:
         return None
@@ -200,38 +191,70 @@ def grad_scale(value: Any, device: torch.device) -> float | Tensor | None:
     return value.detach().reshape(())
 
 
-def form(
+def options(
+    tensors: Sequence[Tensor],
     target: Any,
     one_sided: Any,
     eps: Any,
     weight: Any,
     reduction: Any,
-    rows: int,
-    *,
+    return_norms: Any,
+    grad_scale: Any,
+    group_size: Any = 1,
     squared: Any = False,
-    grad_scale: float | Tensor | None = None,
+) -> tuple[PenaltyForm, float | Tensor | None]:
+    """The penalty these options mean for these samples, and the factor on the scores."""
+    given = (tensors[0].shape[0], group_size, target, one_sided, squared, eps, weight, reduction, return_norms)
+    try:
+        form = _known_form(*given)
+    except TypeError:  # one of them is of a wrong kind, or one that cannot be remembered
+        form = _form(*given)
+    if grad_scale is None:
+        return form, None
+    scale = _grad_scale(grad_scale, tensors[0].device)
+    if isinstance(scale, Tensor):  # the inverse in the accumulation type: that of a large scale is zero in fp16
+        dtype = accumulation_type(scale.dtype, *[x.dtype for x in tensors])
+        return form._replace(kappa=scale.to(dtype).reciprocal()), scale
+    return form if scale is None else form._replace(kappa=1 / scale), scale
+
+
+def _form(
+    batch: int,
+    group_size: Any,
+    target: Any,
+    one_sided: Any,
+    squared: Any,
+    eps: Any,
+    weight: Any,
+    reduction: Any,
+    return_norms: Any,
 ) -> PenaltyForm:
-    """The penalty these options mean, for this many rows."""
     target = number("target", target, minimum=0)
     eps = number("eps", eps, minimum=0)
     weight = number("weight", weight)
     flag("one_sided", one_sided)
     flag("squared", squared)
+    flag("return_norms", return_norms)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    kappa = grad_scale
-    if kappa is not None:  # in fp32 at least: the inverse of a large scale is zero in fp16
-        kappa = 1 / (kappa.to(accumulation_type(kappa.dtype)) if isinstance(kappa, Tensor) else kappa)
+    if batch % positive("group_size", group_size):
+        raise ValueError(f"group_size must divide the batch, got {group_size} for {batch} samples")
+    rows = batch // group_size
     return PenaltyForm(
         rows=rows,
         target=target,
         one_sided=one_sided,
         squared=squared or target == 0,  # with t = 0 both sided forms are the squared one: no root, nothing to guard
         eps=eps,
-        kappa=kappa,
+        kappa=None,
         scale=weight / rows if reduction == "mean" else weight,
         reduce=reduction != "none",
     )
+
+
+# A loop calls with the same options every time, and checking them again costs as much as three operations on a GPU.
+# Typed, because 1 is no flag but equals True.
+_known_form = lru_cache(maxsize=256, typed=True)(_form)
 
 
 def number(name: str, value: Any, minimum: float = -math.inf, above: float = -math.inf) -> float:
@@ -258,14 +281,7 @@ def flag(name: str, value: Any) -> None:
 
 def _sound(name: Any, value: Any) -> None:
     """A non-empty, dense, floating tensor with the batch in front. `name` may be a function that makes the name."""
-    if (
-        isinstance(value, Tensor)
-        and value.dtype in FLOATING
-        and value.layout == torch.strided
-        and not value.is_nested
-        and value.ndim
-        and value.numel()
-    ):
+    if _is_sound(value):
         return
     name = name if isinstance(name, str) else name()
     if not isinstance(value, Tensor):
@@ -279,6 +295,21 @@ def _sound(name: Any, value: Any) -> None:
     if value.ndim == 0:
         raise ValueError(f"{name} must have the batch as its first dimension, got a tensor of shape ()")
     raise ValueError(f"{name} must hold at least one sample of at least one element, got {_shape(value)}")
+
+
+def _is_sound(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype in FLOATING
+        and value.layout == torch.strided
+        and not value.is_nested
+        and value.ndim > 0
+        and value.numel() > 0
+    )
+
+
+def _are_alike(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
 
 
 def leaf(name: str, value: Any, index: int) -> str:

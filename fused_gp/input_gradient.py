@@ -53,7 +53,7 @@ def _penalise(
     arguments.scores(scores, form.rows)
     if [x._version for x in xs] != versions:  # the gradient would be that with respect to what the critic made of it
         raise ValueError("critic must leave its input as it is, got one that changes it in place: inplace=True first?")
-    gradients = input_gradients([scores], [scaled_ones(scores, grad_scale)], xs, create_graph)
+    gradients = input_gradients((scores,), (scaled_ones(scores, grad_scale),), xs, create_graph)
     if not gradients:
         raise ValueError(
             "critic must return scores that depend on the samples it is given, got scores that do not: "
@@ -70,16 +70,12 @@ def input_gradients(
     retain_graph: bool | None = None,
 ) -> list[Tensor]:
     """d sum_k <cotangent_k, output_k> / d input, of those inputs that the outputs depend on: the others' is zero."""
-    attached = [index for index, output in enumerate(outputs) if output.requires_grad]
+    attached = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
     if not attached:
         return []
+    outputs, cotangents = zip(*attached, strict=True)
     gradients = torch.autograd.grad(
-        [outputs[index] for index in attached],
-        inputs,
-        [cotangents[index] for index in attached],
-        retain_graph=retain_graph,
-        create_graph=create_graph,
-        allow_unused=True,
+        outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
     )
     return [gradient for gradient in gradients if gradient is not None]
 

@@ -42,7 +42,7 @@ def interpolate(real: Any, fake: Any, alpha: Tensor | float, *, backend: str = "
     reals, fakes = arguments.pair(real, fake)
     first = reals.tensors[0]
     dtype = accumulation_type(*[x.dtype for x in reals.tensors])
-    column = arguments.alpha(alpha, len(first), dtype, first.device)
+    column = arguments.alpha(alpha, first.shape[0], dtype, first.device)
     return reals.rebuild(interpolate_rows(reals.tensors, fakes.tensors, column, backend_for(backend, first)))
 
 
@@ -53,9 +53,11 @@ def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Te
 
 def _interpolate_one(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
     order = storage_order(real)
-    rows = len(alpha)
+    rows = alpha.shape[0]
     real_rows, fake_rows = to_rows(real, order, rows), to_rows(fake, order, rows)
-    alpha = alpha.to(accumulation_type(real.dtype))
+    dtype = accumulation_type(real.dtype)
+    if alpha.dtype != dtype:
+        alpha = alpha.to(dtype)
     if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad or alpha.requires_grad):
         x_hat = Interpolate.apply(real_rows, fake_rows, alpha, ops)
     else:  # the critic's step: nothing to differentiate, and no graph to pay for

@@ -67,9 +67,9 @@ def gradient_norm_penalty(
     actually Converge?", 2018 (squared).
     """
     tensors = arguments.samples("gradients", gradients).tensors
-    arguments.flag("return_norms", return_norms)
-    scale = arguments.grad_scale(grad_scale, tensors[0].device)
-    form = arguments.form(target, one_sided, eps, weight, reduction, len(tensors[0]), squared=squared, grad_scale=scale)
+    form, _ = arguments.options(
+        tensors, target, one_sided, eps, weight, reduction, return_norms, grad_scale, squared=squared
+    )
     penalty, norms = penalise_rows(tensors, form, backend_for(backend, tensors[0]))
     return (penalty, norms) if return_norms else penalty
 

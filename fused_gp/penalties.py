@@ -97,23 +97,23 @@ def fused_gradient_penalty(
     arguments.critic(critic, critic_args, critic_kwargs)
     reals, fakes = arguments.pair(real, fake)
     first = reals.tensors[0]
-    rows = arguments.rows(group_size, len(first))
-    arguments.flag("return_norms", return_norms)
-    arguments.generator(generator, first.device)
-    if alpha is not None and generator is not None:
-        raise ValueError("generator draws alpha, so give one of the two, got both alpha and generator")
-    scale = arguments.grad_scale(grad_scale, first.device)
-    form = arguments.form(target, one_sided, eps, weight, reduction, rows, grad_scale=scale)
+    form, scale = arguments.options(
+        reals.tensors, target, one_sided, eps, weight, reduction, return_norms, grad_scale, group_size
+    )
+    if generator is not None:
+        arguments.generator(generator, first.device)
+        if alpha is not None:
+            raise ValueError("generator draws alpha, so give one of the two, got both alpha and generator")
     ops = backend_for(backend, first)
     warn_of_batch_norm(critic)
 
     if alpha is None:
         # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
         # everybody's torch.rand(B, 1, 1, 1), which draws the same numbers: a seed means the same here and there.
-        column = torch.rand((rows, 1), generator=generator, device=first.device)
+        column = torch.rand((form.rows, 1), generator=generator, device=first.device)
     else:
         dtype = accumulation_type(*[x.dtype for x in reals.tensors])
-        column = arguments.alpha(alpha, rows, dtype, first.device)
+        column = arguments.alpha(alpha, form.rows, dtype, first.device)
     points = Samples(interpolate_rows(reals.tensors, fakes.tensors, column, ops), reals.spec)
     penalty, norms = penalise_critic(critic, points, critic_args, critic_kwargs, scale, form, ops)
     return (penalty, norms) if return_norms else penalty
@@ -159,7 +159,8 @@ def dragan_penalty(
     arguments.critic(critic, critic_args, critic_kwargs)
     noise_scale = arguments.number("noise_scale", noise_scale)
     reals = arguments.samples("real", real)
-    arguments.generator(generator, reals.tensors[0].device)
+    if generator is not None:
+        arguments.generator(generator, reals.tensors[0].device)
     if any(x.numel() < 2 for x in reals.tensors):
         raise ValueError("real must hold at least two elements to have a standard deviation, got one")
     noisy = [
@@ -249,11 +250,10 @@ def _zero_centred(
     return_norms: bool,
 ) -> Any:
     first = samples.tensors[0]
-    rows = arguments.rows(group_size, len(first))
-    arguments.flag("return_norms", return_norms)
-    scale = arguments.grad_scale(grad_scale, first.device)
     half = 0.5 * arguments.number("weight", weight)
-    form = arguments.form(0.0, False, 0.0, half, reduction, rows, grad_scale=scale)
+    form, scale = arguments.options(
+        samples.tensors, 0.0, False, 0.0, half, reduction, return_norms, grad_scale, group_size
+    )
     ops = backend_for(backend, first)
     warn_of_batch_norm(critic)
     # The critic gets tensors of our own: what else the caller computes from his has no part in the gradient.
@@ -317,10 +317,9 @@ def input_gradient_penalty(
                 "tensor that does not: call requires_grad_() on it first"
             )
     first = ins.tensors[0]
-    rows = arguments.rows(group_size, len(first))
-    arguments.flag("return_norms", return_norms)
-    scale = arguments.grad_scale(grad_scale, first.device)
-    form = arguments.form(target, one_sided, eps, weight, reduction, rows, grad_scale=scale)
+    form, scale = arguments.options(
+        ins.tensors, target, one_sided, eps, weight, reduction, return_norms, grad_scale, group_size
+    )
     ops = backend_for(backend, first)
     cotangents = [scaled_ones(output, scale) for output in outs.tensors]
     if output_weights is not None:

@@ -205,6 +205,10 @@ def scale_rows_kernel(
             s = tl.load(dots + row, mask=in_batch, other=0.0)
             bend = tl.where(flat, 0.0, a * (2.0 * target * inverse) * (s * inverse))
             value += bend[:, None] * (g * inverse[:, None])
+    if out.dtype.element_ty != acc:
+        value = value.to(
+            tl.float32
+        )  # beside a fp64 tensor, a half one is summed in fp64, from which it has no own cast
     tl.store(out + row[:, None] * width + col[None, :], value, mask=mask)
 
 

@@ -41,6 +41,8 @@ def main(backend: str, arch: str, warp_size: str) -> None:
     for shape in OTHER:
         call_all(torch.zeros(shape), thorough=False)
     call_all(torch.zeros(4, 2)[:, :1], thorough=False)
+    for half in (torch.float16, torch.bfloat16):
+        penalty_all([torch.zeros(3, 5, dtype=half), torch.zeros(3, 5).double()], None)
 
 
 def compile_instead(kernel, programs, tensor, *args, **constants):
@@ -79,15 +81,16 @@ def call_all(rows: torch.Tensor, thorough: bool) -> None:
     forms = (False, False, "mean"), (True, False, "none"), (False, True, "mean")
     for one_sided, squared, reduction in forms[: 3 if thorough else 1]:
         for tensors, grad_scale in (([rows], None), ([rows, rows], torch.ones(())))[: 2 if thorough else 1]:
-            form = arguments.form(
-                1.0, one_sided, 1e-12, 1.0, reduction, len(rows), squared=squared, grad_scale=grad_scale
-            )
-            penalty, norms = kernels.penalty_forward(tensors, form)
-            kernels.penalty_backward(tensors, norms, torch.ones_like(penalty), form)
-            for upstream_needed in (True, False)[: 2 if thorough else 1]:
-                kernels.penalty_double_backward(
-                    tensors, norms, torch.ones_like(penalty), tensors, form, upstream_needed
-                )
+            penalty_all(tensors, grad_scale, thorough, one_sided, squared, reduction)
+
+
+def penalty_all(tensors, grad_scale, thorough=False, one_sided=False, squared=False, reduction="mean"):
+    form, _ = arguments.options(tensors, 1.0, one_sided, 1e-12, 1.0, reduction, False, grad_scale, squared=squared)
+    penalty, norms = kernels.penalty_forward(tensors, form)
+    upstream = torch.ones_like(penalty)
+    kernels.penalty_backward(tensors, norms, upstream, form)
+    for upstream_needed in (True, False)[: 2 if thorough else 1]:
+        kernels.penalty_double_backward(tensors, norms, upstream, tensors, form, upstream_needed)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,16 @@ def samples(name: str, value: Any) -> Samples:
 
 def pair(real: Any, fake: Any) -> tuple[Samples, Samples]:
     """Two batches of samples of one structure, shape, dtype and device: nothing is broadcast, promoted or moved."""
-    if _is_sound(real) and _is_sound(fake) and _are_alike(real, fake):  # the usual case, cheaply
+    if (  # the usual case, in one go
+        isinstance(real, Tensor)
+        and isinstance(fake, Tensor)
+        and not (real.is_nested or fake.is_nested)
+        and real.shape == fake.shape
+        and real.dtype == fake.dtype
+        and real.device == fake.device
+        and fake.layout == torch.strided
+        and _is_sound(real)
+    ):
         return Samples([real], None), Samples([fake], None)
     reals, fakes = samples("real", real), samples("fake", fake)
     if reals.spec is not None or fakes.spec is not None:

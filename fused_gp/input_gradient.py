@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.utils._pytree import tree_map_only
 
 from . import arguments
@@ -44,16 +45,21 @@ def _penalise(
     ops: Any,
     create_graph: bool,
 ) -> tuple[Tensor, Tensor]:
-    xs = points.tensors
+    xs, spec = points
+    versions = []
     for x in xs:
         if not x.requires_grad:
             x.requires_grad_()
-    versions = [x._version for x in xs]
-    scores = critic(points.rebuild(xs), *critic_args, **(critic_kwargs or {}))
+        versions.append(x._version)
+    scores = critic(xs[0] if spec is None else points.rebuild(xs), *critic_args, **(critic_kwargs or {}))
     arguments.scores(scores, form.rows)
-    if [x._version for x in xs] != versions:  # the gradient would be that with respect to what the critic made of it
-        raise ValueError("critic must leave its input as it is, got one that changes it in place: inplace=True first?")
-    gradients = input_gradients((scores,), (scaled_ones(scores, grad_scale),), xs, create_graph)
+    for x, version in zip(xs, versions, strict=True):
+        if x._version != version:  # the gradient would be that with respect to what the critic made of it
+            raise ValueError(
+                "critic must leave its input as it is, got one that changes it in place: inplace=True first?"
+            )
+    ones = torch.ones_like(scores) if grad_scale is None else scaled_ones(scores, grad_scale)
+    gradients = input_gradients((scores,), (ones,), xs, create_graph, create_graph)
     if not gradients:
         raise ValueError(
             "critic must return scores that depend on the samples it is given, got scores that do not: "
@@ -63,19 +69,22 @@ def _penalise(
 
 
 def input_gradients(
-    outputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
+    outputs: tuple[Tensor, ...],
+    cotangents: tuple[Tensor, ...],
     inputs: Sequence[Tensor],
     create_graph: bool,
-    retain_graph: bool | None = None,
+    retain_graph: bool,
 ) -> list[Tensor]:
     """d sum_k <cotangent_k, output_k> / d input, of those inputs that the outputs depend on: the others' is zero."""
-    attached = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
-    if not attached:
-        return []
-    outputs, cotangents = zip(*attached, strict=True)
-    gradients = torch.autograd.grad(
-        outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+    if not all(output.requires_grad for output in outputs):
+        attached = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+        if not attached:
+            return []
+        outputs, cotangents = zip(*attached, strict=True)
+    # What torch.autograd.grad calls when it has checked its arguments. Ours are right by construction, and checking
+    # them takes longer than all that the penalty itself does at small sizes.
+    gradients = _engine_run_backward(
+        outputs, cotangents, retain_graph, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=False
     )
     return [gradient for gradient in gradients if gradient is not None]
 

@@ -48,21 +48,18 @@ def interpolate(real: Any, fake: Any, alpha: Tensor | float, *, backend: str = "
 
 def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Tensor, ops: Any) -> list[Tensor]:
     """The op on checked arguments, tensor by tensor; alpha is (R, 1), one for each row of samples."""
-    return [_interpolate_one(real, fake, alpha, ops) for real, fake in zip(reals, fakes, strict=True)]
-
-
-def _interpolate_one(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
-    order = storage_order(real)
     rows = alpha.shape[0]
-    real_rows, fake_rows = to_rows(real, order, rows), to_rows(fake, order, rows)
-    dtype = accumulation_type(real.dtype)
-    if alpha.dtype != dtype:
-        alpha = alpha.to(dtype)
-    if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad or alpha.requires_grad):
-        x_hat = Interpolate.apply(real_rows, fake_rows, alpha, ops)
-    else:  # the critic's step: nothing to differentiate, and no graph to pay for
-        x_hat = ops.interpolate(real_rows, fake_rows, alpha)
-    return from_rows(x_hat, order, real)
+    x_hats = []
+    for real, fake in zip(reals, fakes, strict=True):
+        order = storage_order(real)
+        real_rows, fake_rows = to_rows(real, order, rows), to_rows(fake, order, rows)
+        column = alpha if alpha.dtype == real.dtype else alpha.to(accumulation_type(real.dtype))
+        if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad or alpha.requires_grad):
+            x_hat = Interpolate.apply(real_rows, fake_rows, column, ops)
+        else:  # the critic's step: nothing to differentiate, and no graph to pay for
+            x_hat = ops.interpolate(real_rows, fake_rows, column)
+        x_hats.append(from_rows(x_hat, order, real))
+    return x_hats
 
 
 class Interpolate(FusedFunction):

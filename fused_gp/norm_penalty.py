@@ -91,10 +91,11 @@ class NormPenalty(FusedFunction):
         ctx.form, ctx.ops, *gradients = inputs
         norms = output[1]
         ctx.mark_non_differentiable(norms)
+        ctx.set_materialize_grads(False)  # nobody needs zeros for the norms
         ctx.save_for_backward(norms, *gradients)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
+    def backward(ctx: Any, upstream: Tensor, _: None) -> Any:
         norms, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph
             gradients_grads = NormPenaltyBackward.apply(ctx.form, ctx.ops, norms, upstream, *gradients)

@@ -321,11 +321,11 @@ def input_gradient_penalty(
         ins.tensors, target, one_sided, eps, weight, reduction, return_norms, grad_scale, group_size
     )
     ops = backend_for(backend, first)
-    cotangents = [scaled_ones(output, scale) for output in outs.tensors]
+    cotangents = tuple(scaled_ones(output, scale) for output in outs.tensors)
     if output_weights is not None:
         factors = arguments.output_weights(output_weights, outputs, outs)
-        cotangents = [(c * factor).to(c.dtype) for c, factor in zip(cotangents, factors, strict=True)]
-    gradients = input_gradients(outs.tensors, cotangents, ins.tensors, torch.is_grad_enabled(), retain_graph=True)
+        cotangents = tuple((c * factor).to(c.dtype) for c, factor in zip(cotangents, factors, strict=True))
+    gradients = input_gradients(tuple(outs.tensors), cotangents, ins.tensors, torch.is_grad_enabled(), True)
     if not gradients:
         raise ValueError(
             "outputs must depend on inputs, got outputs that do not: did the critic run on a copy of them, or under "

@@ -4,6 +4,7 @@ On a CPU, a large new tensor costs more than the arithmetic that fills it, so ea
 rows' size beyond those it returns (half types make fp32 ones on the way). They know no autograd. Formulas: `kernels/`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -102,7 +103,12 @@ def _scaled_w(norms: Tensor, form: PenaltyForm) -> Tensor:
     if form.squared:
         return torch.full_like(norms, 2 * form.scale)
     w = torch.addcdiv(norms.new_zeros(()), _excess(norms, form), norms, value=2 * form.scale)
-    return w if form.eps >= 1e-30 else w.masked_fill_(norms == 0, 0)  # such an eps leaves no norm at zero
+    if form.eps >= 1e-30:  # such an eps leaves no norm at zero
+        return w
+    if form.one_sided or form.scale <= 0:
+        return w.masked_fill_(norms == 0, 0)
+    # Where n = 0, and nowhere else, w is -t / 0 = -inf. Faster than comparing; NaN stays NaN.
+    return w.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=0.0)
 
 
 def _scaled(rows: Tensor, column: Tensor) -> Tensor:
@@ -114,10 +120,9 @@ def _scaled(rows: Tensor, column: Tensor) -> Tensor:
 
 def _row_norms(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of each row, over all tensors."""
-    if len(gradients) == 1:
-        return _norms_of_one(gradients[0], accumulation_type(gradients[0].dtype))
     dtype = accumulation_type(*[g.dtype for g in gradients])
-    return torch.linalg.vector_norm(torch.stack([_norms_of_one(g, dtype) for g in gradients]), 2, 0)
+    each = [_norms_of_one(g, dtype) for g in gradients]
+    return each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each), 2, 0)
 
 
 def _norms_of_one(rows: Tensor, dtype: torch.dtype) -> Tensor:

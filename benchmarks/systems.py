@@ -1,0 +1,355 @@
+"""Time a penalty step, the call and its backward to the weights, against hand-written versions of every system's.
+
+    python -m benchmarks.systems [--device cpu] [--rounds N] [--only NAME] [--json FILE]
+
+Each row has the lines as its users write them, and as somebody writes them who knows torch well; the faster of the two
+is the peer. Ours and theirs take turns, each round in another order, so that a change of the machine's speed meets all.
+The ratio is taken round by round; above 1 ours is faster. Nothing is timed before all gave the same numbers.
+
+Tiny: 64 points of a plane and a critic of two hidden layers, where time is what Python and small operations cost.
+Large: 64 images of 3 x 64 x 64 and a critic of one layer of patches, where time is what memory costs.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from fused_gp import dragan_penalty, fused_gradient_penalty, input_gradient_penalty, r1_penalty, r2_penalty
+
+BATCH = 64
+PAC = 8
+SHAPES = {"tiny": (BATCH, 2), "large": (BATCH, 3, 64, 64)}
+
+Penalty = Callable[..., Any]
+
+
+class Row(NamedTuple):
+    """A system's penalty, ours and theirs: functions of (critic, real, fake)."""
+
+    name: str
+    ours: Penalty
+    usual: Penalty
+    tidy: Penalty
+    critic: Callable[[str], nn.Module]
+
+
+ROWS: list[Row] = []
+
+
+def mlp(width: int, outputs: int = 1) -> nn.Sequential:
+    hidden = [nn.Linear(width, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*hidden, nn.Linear(64, outputs))
+
+
+def patches(outputs: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.LeakyReLU(0.2), nn.Conv2d(16, outputs, 1))
+
+
+def one_score(size: str) -> nn.Module:
+    return mlp(2) if size == "tiny" else nn.Sequential(*patches(), nn.Flatten(), nn.Linear(64, 1))
+
+
+class Packed(nn.Module):
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        self.layers = mlp(PAC * torch.Size(SHAPES[size][1:]).numel())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.reshape(len(x) // PAC, -1))
+
+
+class Several(nn.Module):
+    """Two outputs, of the samples and of the samples cut short."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        self.first, self.second = one_score(size), one_score(size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(x), self.second(x.clamp(-1, 1))
+
+
+class Graph(nn.Module):
+    """Samples in two tensors."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        self.bonds, self.atoms = one_score(size), one_score(size)
+
+    def forward(self, bonds: Tensor, atoms: Tensor) -> Tensor:
+        return torch.tanh(self.bonds(bonds) + self.atoms(atoms))
+
+
+def column(x: Tensor, rows: int = BATCH) -> Tensor:
+    return torch.rand(rows, *[1] * (x.ndim - 1), device=x.device)
+
+
+def usual_points(real: Tensor, fake: Tensor) -> Tensor:
+    alpha = column(real)
+    return (alpha * fake + (1 - alpha) * real).requires_grad_(True)
+
+
+def tidy_points(real: Tensor, fake: Tensor) -> Tensor:
+    return torch.lerp(real, fake, column(real)).requires_grad_()
+
+
+def usual_gradient(scores: Tensor, x: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(
+        outputs=scores, inputs=x, grad_outputs=torch.ones_like(scores), create_graph=True, retain_graph=True
+    )[0]
+    return gradients.view(gradients.size(0), -1)
+
+
+def tidy_gradient(scores: Tensor, x: Tensor) -> Tensor:
+    (gradients,) = torch.autograd.grad(scores, x, torch.ones_like(scores), create_graph=True)
+    return gradients if gradients.ndim == 2 else gradients.flatten(1)
+
+
+def row(name: str, ours: Penalty, critic: Callable[[str], nn.Module] = one_score) -> Callable[[Penalty], Penalty]:
+    """Decorates their penalty, which takes (points, gradient) besides: the usual ones, or the tidy ones."""
+
+    def add(theirs: Penalty) -> Penalty:
+        def usual(critic: nn.Module, real: Any, fake: Any) -> Any:
+            return theirs(critic, real, fake, usual_points, usual_gradient, lambda g: g.norm(2, dim=1))
+
+        def tidy(critic: nn.Module, real: Any, fake: Any) -> Any:
+            return theirs(critic, real, fake, tidy_points, tidy_gradient, lambda g: torch.linalg.vector_norm(g, dim=1))
+
+        ROWS.append(Row(name, ours, usual, tidy, critic))
+        return theirs
+
+    return add
+
+
+@row("WGAN-GP, eps", lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, weight=10))
+def wgan_gp_eps(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = points(real, fake)
+    norms = (gradient(critic(x), x).square().sum(1) + 1e-12).sqrt()
+    return 10 * (norms - 1).square().mean()
+
+
+@row("Improved WGAN", lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, weight=10, eps=0.0))
+def improved_wgan(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = points(real, fake)
+    return 10 * (norm(gradient(critic(x), x)) - 1).square().mean()
+
+
+@row(
+    "TF-GAN",
+    lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, target=2.0, weight=0.25, eps=1e-10),
+)
+def tf_gan(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = points(real, fake)
+    norms = (gradient(critic(x), x).square().sum(1) + 1e-10).sqrt()
+    return (norms / 2 - 1).square().mean()
+
+
+@row(
+    "WGAN-LP",
+    lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, one_sided=True, weight=10, eps=0.0),
+)
+def wgan_lp(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = points(real, fake)
+    return 10 * (norm(gradient(critic(x), x)) - 1).relu().square().mean()
+
+
+@row("0-GP", lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, target=0.0, weight=10))
+def zero_gp(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = points(real, fake)
+    return gradient(critic(x), x).square().sum() * (10 / BATCH)
+
+
+@row("DRAGAN", lambda critic, real, fake: dragan_penalty(critic, real, weight=10, eps=0.0))
+def dragan(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = points(real, real + 0.5 * real.std() * torch.rand_like(real))
+    return 10 * (norm(gradient(critic(x), x)) - 1).square().mean()
+
+
+@row("StyleGAN R1", lambda critic, real, fake: r1_penalty(critic, real, weight=10.0))
+def r1(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = real.detach().requires_grad_()
+    return gradient(critic(x), x).square().sum() * (5 / BATCH)
+
+
+@row(
+    "R3GAN",
+    lambda critic, real, fake: r1_penalty(critic, real, weight=10.0) + r2_penalty(critic, fake, weight=10.0),
+)
+def r3gan(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    return r1(critic, real, fake, points, gradient, norm) + r1(critic, fake, real, points, gradient, norm)
+
+
+def from_outputs(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    x = real.clone().requires_grad_()
+    return input_gradient_penalty(critic(x), x, weight=10, eps=0.0)
+
+
+@row("stylegan2-pytorch", from_outputs)
+def stylegan2_pytorch(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = real.clone().requires_grad_()
+    return 10 * (norm(gradient(critic(x), x)) - 1).square().mean()
+
+
+SCALER = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+
+def several_scaled(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    x = real.clone().requires_grad_()
+    return input_gradient_penalty(critic(x), x, output_weights=(1.0, 0.5), grad_scale=SCALER, weight=10, eps=0.0)
+
+
+@row("GigaGAN, GradScaler", several_scaled, critic=Several)
+def gigagan(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = real.clone().requires_grad_()
+    outputs = [SCALER.scale(output) for output in critic(x)]
+    ones = [torch.full_like(output, weight) for output, weight in zip(outputs, (1.0, 0.5), strict=True)]
+    (gradients,) = torch.autograd.grad(outputs, x, ones, create_graph=True)
+    gradients = gradients.flatten(1) * (1 / SCALER.get_scale())
+    return 10 * (norm(gradients) - 1).square().mean()
+
+
+@row(
+    "CTGAN",
+    lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, group_size=PAC, weight=10, eps=0.0),
+    critic=Packed,
+)
+def ctgan(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    alpha = torch.rand(BATCH // PAC, *[1] * real.ndim)
+    real, fake = (x.view(-1, PAC, *x.shape[1:]) for x in (real, fake))
+    x = torch.lerp(real, fake, alpha) if points is tidy_points else alpha * fake + (1 - alpha) * real
+    x = x.flatten(0, 1).requires_grad_()
+    gradients = gradient(critic(x), x).view(BATCH // PAC, -1)
+    return 10 * (norm(gradients) - 1).square().mean()
+
+
+@row(
+    "CycleGAN, norms returned",
+    lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, weight=10, eps=0.0, return_norms=True)[0],
+    critic=lambda size: mlp(2, outputs=9) if size == "tiny" else patches(),
+)
+def cyclegan(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    x = points(real, fake)
+    norms = norm(gradient(critic(x), x))
+    norms.detach()
+    return 10 * (norms - 1).square().mean()
+
+
+@row(
+    "graphs, two inputs",
+    lambda critic, real, fake: fused_gradient_penalty(
+        lambda graph: critic(*graph), (real, fake), (fake, real), weight=10
+    ),
+    critic=Graph,
+)
+def graphs(critic, real, fake, points, gradient, norm):  # type: ignore[no-untyped-def]
+    alpha = column(real)
+    if points is tidy_points:
+        bonds, atoms = torch.lerp(real, fake, alpha).requires_grad_(), torch.lerp(fake, real, alpha).requires_grad_()
+    else:
+        bonds = (alpha * fake + (1 - alpha) * real).requires_grad_()
+        atoms = (alpha * real + (1 - alpha) * fake).requires_grad_()
+    scores = critic(bonds, atoms)
+    gradients = torch.autograd.grad(scores, (bonds, atoms), torch.ones_like(scores), create_graph=True)
+    square = gradients[0].flatten(1).square().sum(1) + gradients[1].flatten(1).square().sum(1)
+    return 10 * ((square + 1e-12).sqrt() - 1).square().mean()
+
+
+def measure(case: Row, size: str, device: str, rounds: int | None) -> dict[str, Any]:
+    """Median milliseconds of each; median and quartiles of the ratio, the faster of theirs / ours."""
+    torch.manual_seed(0)
+    real, fake = (torch.randn(SHAPES[size], device=device) for _ in range(2))
+    critic = case.critic(size).to(device)
+    weights = list(critic.parameters())
+    contestants = {"ours": case.ours, "usual": case.usual, "tidy": case.tidy}
+
+    def step(penalty: Penalty) -> tuple[Tensor, ...]:
+        value = penalty(critic, real, fake)
+        return (value, *torch.autograd.grad(value, weights, materialize_grads=True))
+
+    def seeded(penalty: Penalty) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        return step(penalty)
+
+    wanted = seeded(case.usual)
+    for name in ("ours", "tidy"):
+        for one, two in zip(seeded(contestants[name]), wanted, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+    def seconds(penalty: Penalty) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        step(penalty)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    order = random.Random(0)
+    names = list(contestants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    rounds = rounds or {"tiny": 1500, "large": 60}[size]
+    for _ in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            times[name].append(seconds(contestants[name]))
+    medians = {name: statistics.median(times[name]) for name in contestants}
+    peer = min(("usual", "tidy"), key=lambda name: medians[name])
+    ratios = [theirs / ours for theirs, ours in zip(times[peer], times["ours"], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    return {
+        "system": case.name, "size": size, "shape": list(SHAPES[size]), "rounds": rounds,
+        **{f"{name}_ms": 1e3 * median for name, median in medians.items()},
+        "peer": peer, "ratio": ratio, "ratio_low": low, "ratio_high": high,
+    }  # fmt: skip
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, help="rounds per case (default: 1500 tiny, 60 large)")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--size", choices=SHAPES, help="one of the sizes")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    options = parser.parse_args()
+
+    cases = [
+        (case, size)
+        for size in ([options.size] if options.size else SHAPES)
+        for case in ROWS
+        if options.only in case.name
+    ]
+    results = [
+        measure(case, size, options.device, options.rounds) for case, size in track(cases, "timing", transient=True)
+    ]
+
+    threads = torch.get_num_threads()
+    title = f"a penalty step, fp32 on {options.device}, torch {torch.__version__}, {threads} threads"
+    headings = ("system", "size", "ours, ms", "usual, ms", "tidy, ms", "fastest / ours", "quartiles")
+    table = Table(*headings, title=title)
+    for result in results:
+        milliseconds = [f"{result[f'{name}_ms']:.3f}" for name in ("ours", "usual", "tidy")]
+        spread = f"{result['ratio_low']:.2f} to {result['ratio_high']:.2f}"
+        table.add_row(result["system"], result["size"], *milliseconds, f"{result['ratio']:.2f}", spread)
+    Console().print(table)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"title": title, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

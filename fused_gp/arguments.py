@@ -8,51 +8,48 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from .form import PenaltyForm, accumulation_type
-from .samples import Samples
 
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# A batch as the caller has it, one tensor or a tuple, list or dict of them, is here the list of its tensors and their
+# structure, None for a tensor by itself.
+Structure = TreeSpec | None
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def samples(name: str, value: Any) -> Samples:
+def samples(name: str, value: Any) -> tuple[list[Tensor], Structure]:
     """A tensor with the batch in front, or tensors of one batch size on one device in a tuple, list or dict."""
     if isinstance(value, Tensor):
-        _sound(name, value)
-        return Samples([value], None)
-    leaves, spec = tree_flatten(value)
+        if not _is_sound(value):
+            raise _flaw(name, value)
+        return [value], None
+    leaves, structure = tree_flatten(value)
     if len(leaves) == 1 and leaves[0] is value:
         raise TypeError(f"{name} must be a torch.Tensor, or a tuple, list or dict of them, got {type(value).__name__}")
     if not leaves:
         raise ValueError(f"{name} must hold at least one tensor, got an empty {type(value).__name__}")
     for index, tensor in enumerate(leaves):
-        _sound(lambda index=index: leaf(name, value, index), tensor)
-        if len(tensor) != len(leaves[0]) or tensor.device != leaves[0].device:
+        if not _is_sound(tensor):
+            raise _flaw(leaf(name, value, index), tensor)
+        if tensor.shape[0] != leaves[0].shape[0] or tensor.device != leaves[0].device:
             raise ValueError(
                 f"{name} must hold tensors of one batch size on one device, got {_shape(leaves[0])} on "
                 f"{leaves[0].device} and, as {leaf(name, value, index)}, {_shape(tensor)} on {tensor.device}"
             )
-    return Samples(leaves, spec)
+    return leaves, structure
 
 
-def pair(real: Any, fake: Any) -> tuple[Samples, Samples]:
+def pair(real: Any, fake: Any) -> tuple[list[Tensor], list[Tensor], Structure]:
     """Two batches of samples of one structure, shape, dtype and device: nothing is broadcast, promoted or moved."""
-    if (  # the usual case, in one go
-        isinstance(real, Tensor)
-        and isinstance(fake, Tensor)
-        and not (real.is_nested or fake.is_nested)
-        and real.shape == fake.shape
-        and real.dtype == fake.dtype
-        and real.device == fake.device
-        and fake.layout == torch.strided
-        and _is_sound(real)
-    ):
-        return Samples([real], None), Samples([fake], None)
-    reals, fakes = samples("real", real), samples("fake", fake)
-    if reals.spec is not None or fakes.spec is not None:
-        fakes = Samples(structured_as(reals, "real", real, "fake", fake), reals.spec)
-    for index, (x, y) in enumerate(zip(reals.tensors, fakes.tensors, strict=True)):
+    if _is_sound(real) and isinstance(fake, Tensor) and _are_alike(real, fake):  # the usual case, in one go
+        return [real], [fake], None
+    reals, structure = samples("real", real)
+    fakes, fake_structure = samples("fake", fake)
+    if structure is not None or fake_structure is not None:
+        fakes = structured_as(reals, structure, "real", real, "fake", fake)
+    for index, (x, y) in enumerate(zip(reals, fakes, strict=True)):
         if _are_alike(x, y):
             continue
         names = " and ".join(leaf(name, real, index) for name in ("real", "fake"))
@@ -63,24 +60,30 @@ def pair(real: Any, fake: Any) -> tuple[Samples, Samples]:
                 f"{names} must have one dtype, got {x.dtype} and {y.dtype}: convert one, fake.to(real.dtype)"
             )
         raise ValueError(f"{names} must be on one device, got {x.device} and {y.device}")
-    return reals, fakes
+    return reals, fakes, structure
 
 
-def structured_as(model: Samples, model_name: str, model_value: Any, name: str, value: Any) -> list[Any]:
+def structured_as(
+    model: list[Tensor], structure: Structure, model_name: str, model_value: Any, name: str, value: Any
+) -> list[Any]:
     """The parts of `value`, one for each tensor of `model`, dicts matched by their keys."""
-    if model.spec is None:
-        parts, fits = [value], isinstance(value, (Tensor, Real))
-    else:
+    parts = [value]
+    fits = True
+    if structure is not None:
         try:
-            parts = model.spec.flatten_up_to(value)
-            fits = all(isinstance(part, (Tensor, Real)) for part in parts)
+            parts = structure.flatten_up_to(value)
         except (ValueError, TypeError):
             fits = False
-    if not fits:
+    if not fits or not all(isinstance(part, (Tensor, Real)) for part in parts):
         raise ValueError(
             f"{model_name} and {name} must have one structure, got {_structure(model_value)} and {_structure(value)}"
         )
     return parts
+
+
+def rebuilt(tensors: list[Tensor], structure: Structure) -> Any:
+    """The caller's structure, with these tensors in it."""
+    return tensors[0] if structure is None else tree_unflatten(tensors, structure)
 
 
 def positive(name: str, value: Any) -> int:
@@ -153,9 +156,9 @@ def scores(value: Any, rows: int) -> None:
         )
 
 
-def outputs(value: Any) -> Samples:
+def outputs(value: Any) -> tuple[list[Tensor], Structure]:
     """What a critic gave back: floating tensors, whatever their shapes."""
-    leaves, spec = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
+    leaves, structure = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
     for index, output in enumerate(leaves):
         if not isinstance(output, Tensor):
             raise TypeError(f"{leaf('outputs', value, index)} must be a torch.Tensor, got {type(output).__name__}")
@@ -163,13 +166,13 @@ def outputs(value: Any) -> Samples:
             raise TypeError(f"{leaf('outputs', value, index)} must be a floating tensor, got {output.dtype}")
     if not leaves:
         raise ValueError(f"outputs must hold at least one tensor, got an empty {type(value).__name__}")
-    return Samples(leaves, spec)
+    return leaves, structure
 
 
-def output_weights(value: Any, outputs: Any, model: Samples) -> list[Any]:
+def output_weights(value: Any, outputs: Any, tensors: list[Tensor], structure: Structure) -> list[Any]:
     """One weight per output: a number, or a tensor of the output's shape."""
-    factors = structured_as(model, "outputs", outputs, "output_weights", value)
-    for index, (factor, output) in enumerate(zip(factors, model.tensors, strict=True)):
+    factors = structured_as(tensors, structure, "outputs", outputs, "output_weights", value)
+    for index, (factor, output) in enumerate(zip(factors, tensors, strict=True)):
         if not isinstance(factor, Tensor):
             factors[index] = number("output_weights", factor)
         elif factor.shape not in (output.shape, ()) or factor.device != output.device or factor.dtype not in FLOATING:
@@ -180,13 +183,44 @@ def output_weights(value: Any, outputs: Any, model: Samples) -> list[Any]:
     return factors
 
 
-def _grad_scale(value: Any, device: torch.device) -> float | Tensor | None:
-    """The factor that scores are multiplied by: a number, or a tensor of one element that nobody has read yet."""
-    if value is None:
-        return None
+def options(
+    tensors: Sequence[Tensor],
+    target: Any,
+    one_sided: Any,
+    eps: Any,
+    weight: Any,
+    reduction: Any,
+    return_norms: Any,
+    group_size: Any = 1,
+    squared: Any = False,
+) -> PenaltyForm:
+    """The penalty these options mean for these samples, nothing being scaled."""
+    given = (tensors[0].shape[0], group_size, target, one_sided, squared, eps, weight, reduction, return_norms)
+    try:
+        return _known_form(*given)
+    except TypeError:  # one of them is of a wrong kind, or one that cannot be remembered
+        return _form(*given)
+
+
+def own_scale(value: Any, tensors: Sequence[Tensor]) -> float | Tensor:
+    """The factor that we are to multiply scores by, as a number of 8 bits.
+
+    So every floating type holds it exactly, whatever types the scores have, and it is taken out as it was put in.
+    """
+    scale = grad_scale(value, tensors[0].device)
+    if isinstance(scale, Tensor):
+        return scale.to(torch.bfloat16)
+    rounded = torch.tensor(scale, dtype=torch.bfloat16).item()
+    if not 0 < rounded < math.inf:
+        raise ValueError(f"grad_scale must be a number that bf16 can hold, got {value!r}")
+    return rounded
+
+
+def grad_scale(value: Any, device: torch.device) -> float | Tensor:
+    """The factor on the scores: a number, or a tensor of no dimensions that nobody has read yet."""
     if isinstance(value, torch.amp.GradScaler):
         # Its public way to tell the scale without waiting for the device. Disabled, it scales nothing.
-        return value.scale(torch.ones((), device=device)) if value.is_enabled() else None
+        return value.scale(torch.ones((), device=device)) if value.is_enabled() else 1.0
     if not isinstance(value, Tensor):
         if isinstance(value, Real):
             return number("grad_scale", value, above=0)
@@ -200,31 +234,11 @@ def _grad_scale(value: Any, device: torch.device) -> float | Tensor | None:
     return value.detach().reshape(())
 
 
-def options(
-    tensors: Sequence[Tensor],
-    target: Any,
-    one_sided: Any,
-    eps: Any,
-    weight: Any,
-    reduction: Any,
-    return_norms: Any,
-    grad_scale: Any,
-    group_size: Any = 1,
-    squared: Any = False,
-) -> tuple[PenaltyForm, float | Tensor | None]:
-    """The penalty these options mean for these samples, and the factor on the scores."""
-    given = (tensors[0].shape[0], group_size, target, one_sided, squared, eps, weight, reduction, return_norms)
-    try:
-        form = _known_form(*given)
-    except TypeError:  # one of them is of a wrong kind, or one that cannot be remembered
-        form = _form(*given)
-    if grad_scale is None:
-        return form, None
-    scale = _grad_scale(grad_scale, tensors[0].device)
-    if isinstance(scale, Tensor):  # the inverse in the accumulation type: that of a large scale is zero in fp16
-        dtype = accumulation_type(scale.dtype, *[x.dtype for x in tensors])
-        return form._replace(kappa=scale.to(dtype).reciprocal()), scale
-    return form if scale is None else form._replace(kappa=1 / scale), scale
+def unscaled(form: PenaltyForm, scale: float | Tensor, tensors: Sequence[Tensor]) -> PenaltyForm:
+    """The form that takes the scale out again."""
+    if isinstance(scale, Tensor):  # inverted in the accumulation type: in fp16 the inverse of a large one is zero
+        scale = scale.to(accumulation_type(scale.dtype, *[x.dtype for x in tensors]))
+    return form._replace(kappa=1 / scale)
 
 
 def _form(
@@ -288,25 +302,13 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def _sound(name: Any, value: Any) -> None:
-    """A non-empty, dense, floating tensor with the batch in front. `name` may be a function that makes the name."""
-    if _is_sound(value):
-        return
-    name = name if isinstance(name, str) else name()
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in FLOATING:
-        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}: convert it with .float()")
-    if value.layout != torch.strided or value.is_nested:
-        raise TypeError(
-            f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else f'layout {value.layout}'}"
-        )
-    if value.ndim == 0:
-        raise ValueError(f"{name} must have the batch as its first dimension, got a tensor of shape ()")
-    raise ValueError(f"{name} must hold at least one sample of at least one element, got {_shape(value)}")
+def leaf(name: str, value: Any, index: int) -> str:
+    """How the caller would write that tensor: real, real[0], real['image']."""
+    return name + keystr(tree_flatten_with_path(value)[0][index][0])
 
 
 def _is_sound(value: Any) -> bool:
+    """A non-empty, dense, floating tensor with the batch in front."""
     return (
         isinstance(value, Tensor)
         and value.dtype in FLOATING
@@ -317,13 +319,30 @@ def _is_sound(value: Any) -> bool:
     )
 
 
-def _are_alike(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and x.dtype == y.dtype and x.device == y.device
+def _flaw(name: str, value: Any) -> Exception:
+    """What is not sound about it."""
+    if not isinstance(value, Tensor):
+        return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        return TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {value.dtype}: convert it with .float()")
+    if value.layout != torch.strided or value.is_nested:
+        return TypeError(
+            f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else f'layout {value.layout}'}"
+        )
+    if value.ndim == 0:
+        return ValueError(f"{name} must have the batch as its first dimension, got a tensor of shape ()")
+    return ValueError(f"{name} must hold at least one sample of at least one element, got {_shape(value)}")
 
 
-def leaf(name: str, value: Any, index: int) -> str:
-    """How the caller would write that tensor: real, real[0], real['image']."""
-    return name + keystr(tree_flatten_with_path(value)[0][index][0])
+def _are_alike(sound: Tensor, other: Tensor) -> bool:
+    """Then the other is sound as well."""
+    return (
+        not other.is_nested
+        and other.layout == torch.strided
+        and sound.shape == other.shape
+        and sound.dtype == other.dtype
+        and sound.device == other.device
+    )
 
 
 def _structure(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The one warning: batch normalisation in training mode, where the samples of a batch see one another."""
 
+import contextlib
 import functools
-import inspect
 import sys
 import warnings
 from types import FunctionType, MethodType
@@ -11,37 +11,27 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# For each critic, the batch normalisations that may still have to be warned of. Found once: walking through a critic's
-# modules at every call would cost more than a small penalty. Weak, so that a critic lives no longer for it.
-_suspects: WeakKeyDictionary[Any, list[tuple[str, ReferenceType[_BatchNorm]]]] = WeakKeyDictionary()
+# For each module, the batch normalisations in it that may still have to be warned of. Found once: walking through a
+# critic's modules at every call would cost more than a small penalty. Weak, so that a critic lives no longer for it.
+_suspects: WeakKeyDictionary[Module, list[tuple[str, ReferenceType[_BatchNorm]]]] = WeakKeyDictionary()
 
 
 def warn_of_batch_norm(critic: Any) -> None:
     """Once per critic. Later calls cost a look-up."""
-    while isinstance(critic, functools.partial):
-        critic = critic.func
-    if isinstance(critic, MethodType):
-        critic = critic.__self__
-    if isinstance(critic, Module):
-        key: Any = critic
-    elif isinstance(critic, FunctionType):
-        key = critic.__code__  # a lambda is made anew for each step; its code is not
-    else:
-        return
-    suspects = _suspects.get(key)
-    if suspects is None:
-        suspects = _suspects[key] = [
-            (name or type(module).__name__, ref(module))
-            for part in _modules_of(critic)
-            for name, module in part.named_modules()
-            if isinstance(module, _BatchNorm)
-        ]
-    if not suspects:
-        return
-    training = [name for name, module in suspects if _sees_the_batch(module())]
+    for module in (critic,) if isinstance(critic, Module) else _modules_behind(critic):
+        suspects = _suspects.get(module)
+        if suspects is None:
+            norms = [(name, part) for name, part in module.named_modules() if isinstance(part, _BatchNorm)]
+            suspects = _suspects[module] = [(name or type(part).__name__, ref(part)) for name, part in norms]
+        if suspects:
+            _warn_if_training(module, suspects)
+
+
+def _warn_if_training(module: Module, suspects: list[tuple[str, ReferenceType[_BatchNorm]]]) -> None:
+    training = [name for name, suspect in suspects if _sees_the_batch(suspect())]
     if not training:  # in evaluation mode, from which it may come back
         return
-    _suspects[key] = []
+    _suspects[module] = []
     warnings.warn(
         f"critic has batch normalisation in training mode ({', '.join(training)}): its samples see one another, "
         "so their gradient norms are not those of single samples. Use LayerNorm, GroupNorm or none, as the "
@@ -50,15 +40,21 @@ def warn_of_batch_norm(critic: Any) -> None:
     )
 
 
-def _modules_of(critic: Any) -> list[Module]:
-    """The critic, or what a function has in its closure and names among its globals."""
-    if isinstance(critic, Module):
-        return [critic]
-    try:
-        named = inspect.getclosurevars(critic)
-    except ValueError:  # it names what has no value yet
-        return []
-    return [thing for thing in (*named.nonlocals.values(), *named.globals.values()) if isinstance(thing, Module)]
+def _modules_behind(critic: Any) -> list[Module]:
+    """What a partial, a method, a function's closure and globals, or an object's attributes hold."""
+    while isinstance(critic, functools.partial):
+        critic = critic.func
+    if isinstance(critic, MethodType):
+        critic = critic.__self__
+    if isinstance(critic, FunctionType):
+        names, known = critic.__code__.co_names, critic.__globals__
+        things = [known[name] for name in names if name in known]
+        for cell in critic.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a name that has no value yet
+                things.append(cell.cell_contents)
+    else:
+        things = [critic, *getattr(critic, "__dict__", {}).values()]
+    return [thing for thing in things if isinstance(thing, Module)]
 
 
 def _sees_the_batch(module: _BatchNorm | None) -> bool:

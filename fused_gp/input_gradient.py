@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_map_only
 from . import arguments
 from .form import PenaltyForm
 from .norm_penalty import penalise_rows
-from .samples import Samples
 
 
 def penalise_critic(
     critic: Callable[..., Any],
-    points: Samples,
+    points: list[Tensor],
+    structure: arguments.Structure,
     critic_args: Sequence[Any],
     critic_kwargs: Mapping[str, Any] | None,
     grad_scale: float | Tensor | None,
@@ -25,19 +25,20 @@ def penalise_critic(
 ) -> tuple[Tensor, Tensor]:
     """Run the critic once at these points: penalty and norms. Under no_grad and inference_mode, values alone."""
     if torch.is_grad_enabled():
-        return _penalise(critic, points, critic_args, critic_kwargs, grad_scale, form, ops, True)
+        return _penalise(critic, points, structure, critic_args, critic_kwargs, grad_scale, form, ops, True)
     # The penalty is a value then, but the input gradient inside it still needs a graph for a while.
     with torch.inference_mode(False), torch.enable_grad():
-        points = Samples([outside_inference_mode(x).detach() for x in points.tensors], points.spec)
+        points = [outside_inference_mode(x).detach() for x in points]
         # Labels made under inference_mode cannot be saved for a backward; their copies can.
         critic_args, critic_kwargs = tree_map_only(Tensor, outside_inference_mode, (critic_args, critic_kwargs))
-        penalty, norms = _penalise(critic, points, critic_args, critic_kwargs, grad_scale, form, ops, False)
+        penalty, norms = _penalise(critic, points, structure, critic_args, critic_kwargs, grad_scale, form, ops, False)
     return penalty.detach(), norms
 
 
 def _penalise(
     critic: Callable[..., Any],
-    points: Samples,
+    points: list[Tensor],
+    structure: arguments.Structure,
     critic_args: Sequence[Any],
     critic_kwargs: Mapping[str, Any] | None,
     grad_scale: float | Tensor | None,
@@ -45,21 +46,19 @@ def _penalise(
     ops: Any,
     create_graph: bool,
 ) -> tuple[Tensor, Tensor]:
-    xs, spec = points
     versions = []
-    for x in xs:
+    for x in points:
         if not x.requires_grad:
             x.requires_grad_()
         versions.append(x._version)
-    scores = critic(xs[0] if spec is None else points.rebuild(xs), *critic_args, **(critic_kwargs or {}))
+    scores = critic(arguments.rebuilt(points, structure), *critic_args, **(critic_kwargs or {}))
     arguments.scores(scores, form.rows)
-    for x, version in zip(xs, versions, strict=True):
+    for x, version in zip(points, versions, strict=True):
         if x._version != version:  # the gradient would be that with respect to what the critic made of it
             raise ValueError(
                 "critic must leave its input as it is, got one that changes it in place: inplace=True first?"
             )
-    ones = torch.ones_like(scores) if grad_scale is None else scaled_ones(scores, grad_scale)
-    gradients = input_gradients((scores,), (ones,), xs, create_graph, create_graph)
+    gradients = input_gradients((scores,), (scaled_ones(scores, grad_scale),), points, create_graph, create_graph)
     if not gradients:
         raise ValueError(
             "critic must return scores that depend on the samples it is given, got scores that do not: "
@@ -94,11 +93,8 @@ def scaled_ones(output: Tensor, grad_scale: float | Tensor | None) -> Tensor:
 
     Scaling here instead of multiplying the output costs no node in the graph.
     """
-    if grad_scale is None:
-        return torch.ones_like(output)
-    if isinstance(grad_scale, Tensor):
-        return grad_scale.to(output.dtype).expand_as(output)
-    return torch.full_like(output, grad_scale)
+    ones = torch.ones_like(output)
+    return ones if grad_scale is None else ones.mul_(grad_scale)
 
 
 def outside_inference_mode(tensor: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ def interpolate(real: Any, fake: Any, alpha: Tensor | float, *, backend: str = "
 
     From Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, algorithm 1.
     """
-    reals, fakes = arguments.pair(real, fake)
-    first = reals.tensors[0]
-    dtype = accumulation_type(*[x.dtype for x in reals.tensors])
+    reals, fakes, structure = arguments.pair(real, fake)
+    first = reals[0]
+    dtype = accumulation_type(*[x.dtype for x in reals])
     column = arguments.alpha(alpha, first.shape[0], dtype, first.device)
-    return reals.rebuild(interpolate_rows(reals.tensors, fakes.tensors, column, backend_for(backend, first)))
+    return arguments.rebuilt(interpolate_rows(reals, fakes, column, backend_for(backend, first)), structure)
 
 
 def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Tensor, ops: Any) -> list[Tensor]:

@@ -66,17 +66,20 @@ def gradient_norm_penalty(
     regularization of Wasserstein GANs", 2018 (one-sided); Mescheder et al., "Which Training Methods for GANs do
     actually Converge?", 2018 (squared).
     """
-    tensors = arguments.samples("gradients", gradients).tensors
-    form, _ = arguments.options(
-        tensors, target, one_sided, eps, weight, reduction, return_norms, grad_scale, squared=squared
-    )
+    tensors, _ = arguments.samples("gradients", gradients)
+    form = arguments.options(tensors, target, one_sided, eps, weight, reduction, return_norms, squared=squared)
+    if grad_scale is not None:
+        form = arguments.unscaled(form, arguments.grad_scale(grad_scale, tensors[0].device), tensors)
     penalty, norms = penalise_rows(tensors, form, backend_for(backend, tensors[0]))
     return (penalty, norms) if return_norms else penalty
 
 
 def penalise_rows(gradients: Sequence[Tensor], form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
     """The op on checked arguments: penalty and norms, one norm per row over all the tensors."""
-    return NormPenalty.apply(form, ops, *[to_rows(g, storage_order(g), form.rows) for g in gradients])
+    rows = form.rows
+    if len(gradients) == 1:  # the usual case, in one go
+        return NormPenalty.apply(form, ops, to_rows(gradients[0], storage_order(gradients[0]), rows))
+    return NormPenalty.apply(form, ops, *[to_rows(g, storage_order(g), rows) for g in gradients])
 
 
 class NormPenalty(FusedFunction):
@@ -95,7 +98,9 @@ class NormPenalty(FusedFunction):
         ctx.save_for_backward(norms, *gradients)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: None) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> Any:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         norms, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph
             gradients_grads = NormPenaltyBackward.apply(ctx.form, ctx.ops, norms, upstream, *gradients)

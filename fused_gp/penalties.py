@@ -13,7 +13,6 @@ from .form import accumulation_type
 from .input_gradient import input_gradients, outside_inference_mode, penalise_critic, scaled_ones
 from .interpolation import interpolate_rows
 from .norm_penalty import penalise_rows
-from .samples import Samples
 
 
 def fused_gradient_penalty(
@@ -69,8 +68,8 @@ def fused_gradient_penalty(
         group_size: p consecutive samples, which the critic judges as one, have one alpha and one norm (PacGAN). B must
             be a multiple; read B / p for B wherever alpha, norms or scores are meant.
         grad_scale: multiply the scores by this before the input gradient, against underflow in fp16, and divide
-            again inside the norm. A number > 0, a floating tensor of one element, or the GradScaler itself. Neither of
-            the last two is waited for.
+            again inside the norm. A number > 0, a floating tensor of one element, or the GradScaler itself; neither of
+            the last two is waited for. It is rounded to 8 bits, which powers of two are not changed by.
         critic_args, critic_kwargs: further arguments of the critic, such as labels.
         backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
         return_norms: also return the norms :math:`n_i`, for logging.
@@ -95,11 +94,12 @@ def fused_gradient_penalty(
     of Generative Adversarial Networks", 2019; groups: Lin et al., "PacGAN", 2018.
     """
     arguments.critic(critic, critic_args, critic_kwargs)
-    reals, fakes = arguments.pair(real, fake)
-    first = reals.tensors[0]
-    form, scale = arguments.options(
-        reals.tensors, target, one_sided, eps, weight, reduction, return_norms, grad_scale, group_size
-    )
+    reals, fakes, structure = arguments.pair(real, fake)
+    first = reals[0]
+    form = arguments.options(reals, target, one_sided, eps, weight, reduction, return_norms, group_size)
+    if grad_scale is not None:
+        grad_scale = arguments.own_scale(grad_scale, reals)
+        form = arguments.unscaled(form, grad_scale, reals)
     if generator is not None:
         arguments.generator(generator, first.device)
         if alpha is not None:
@@ -112,10 +112,10 @@ def fused_gradient_penalty(
         # everybody's torch.rand(B, 1, 1, 1), which draws the same numbers: a seed means the same here and there.
         column = torch.rand((form.rows, 1), generator=generator, device=first.device)
     else:
-        dtype = accumulation_type(*[x.dtype for x in reals.tensors])
+        dtype = accumulation_type(*[x.dtype for x in reals])
         column = arguments.alpha(alpha, form.rows, dtype, first.device)
-    points = Samples(interpolate_rows(reals.tensors, fakes.tensors, column, ops), reals.spec)
-    penalty, norms = penalise_critic(critic, points, critic_args, critic_kwargs, scale, form, ops)
+    points = interpolate_rows(reals, fakes, column, ops)
+    penalty, norms = penalise_critic(critic, points, structure, critic_args, critic_kwargs, grad_scale, form, ops)
     return (penalty, norms) if return_norms else penalty
 
 
@@ -158,17 +158,17 @@ def dragan_penalty(
     """
     arguments.critic(critic, critic_args, critic_kwargs)
     noise_scale = arguments.number("noise_scale", noise_scale)
-    reals = arguments.samples("real", real)
+    reals, structure = arguments.samples("real", real)
     if generator is not None:
-        arguments.generator(generator, reals.tensors[0].device)
-    if any(x.numel() < 2 for x in reals.tensors):
+        arguments.generator(generator, reals[0].device)
+    if any(x.numel() < 2 for x in reals):
         raise ValueError("real must hold at least two elements to have a standard deviation, got one")
     noisy = [
         x + noise_scale * x.std() * torch.empty_like(x, requires_grad=False).uniform_(generator=generator)
-        for x in reals.tensors
+        for x in reals
     ]
     return fused_gradient_penalty(
-        critic, real, reals.rebuild(noisy), alpha=alpha, generator=generator if alpha is None else None,
+        critic, real, arguments.rebuilt(noisy, structure), alpha=alpha, generator=generator if alpha is None else None,
         target=target, one_sided=one_sided, eps=eps, weight=weight, reduction=reduction, group_size=group_size,
         grad_scale=grad_scale, critic_args=critic_args, critic_kwargs=critic_kwargs, backend=backend,
         return_norms=return_norms,
@@ -203,7 +203,7 @@ def r1_penalty(
     """
     arguments.critic(critic, critic_args, critic_kwargs)
     return _zero_centred(
-        critic, arguments.samples("real", real), weight, reduction, group_size, grad_scale, critic_args, critic_kwargs,
+        critic, *arguments.samples("real", real), weight, reduction, group_size, grad_scale, critic_args, critic_kwargs,
         backend, return_norms,
     )  # fmt: skip
 
@@ -232,14 +232,15 @@ def r2_penalty(
     """
     arguments.critic(critic, critic_args, critic_kwargs)
     return _zero_centred(
-        critic, arguments.samples("fake", fake), weight, reduction, group_size, grad_scale, critic_args, critic_kwargs,
+        critic, *arguments.samples("fake", fake), weight, reduction, group_size, grad_scale, critic_args, critic_kwargs,
         backend, return_norms,
     )  # fmt: skip
 
 
 def _zero_centred(
     critic: Callable[..., Tensor],
-    samples: Samples,
+    samples: list[Tensor],
+    structure: arguments.Structure,
     weight: float,
     reduction: str,
     group_size: int,
@@ -249,18 +250,16 @@ def _zero_centred(
     backend: str,
     return_norms: bool,
 ) -> Any:
-    first = samples.tensors[0]
     half = 0.5 * arguments.number("weight", weight)
-    form, scale = arguments.options(
-        samples.tensors, 0.0, False, 0.0, half, reduction, return_norms, grad_scale, group_size
-    )
-    ops = backend_for(backend, first)
+    form = arguments.options(samples, 0.0, False, 0.0, half, reduction, return_norms, group_size)
+    if grad_scale is not None:
+        grad_scale = arguments.own_scale(grad_scale, samples)
+        form = arguments.unscaled(form, grad_scale, samples)
+    ops = backend_for(backend, samples[0])
     warn_of_batch_norm(critic)
     # The critic gets tensors of our own: what else the caller computes from his has no part in the gradient.
-    points = [x.view_as(x) if x.requires_grad else outside_inference_mode(x).detach() for x in samples.tensors]
-    penalty, norms = penalise_critic(
-        critic, Samples(points, samples.spec), critic_args, critic_kwargs, scale, form, ops
-    )
+    points = [x.view_as(x) if x.requires_grad else outside_inference_mode(x).detach() for x in samples]
+    penalty, norms = penalise_critic(critic, points, structure, critic_args, critic_kwargs, grad_scale, form, ops)
     return (penalty, norms) if return_norms else penalty
 
 
@@ -308,24 +307,24 @@ def input_gradient_penalty(
         TypeError: an argument is not of the kind above.
         ValueError: shapes, devices or values do not fit, an input does not require grad, or no output depends on any.
     """
-    outs = arguments.outputs(outputs)
-    ins = arguments.samples("inputs", inputs)
-    for index, x in enumerate(ins.tensors):
+    outs, structure = arguments.outputs(outputs)
+    ins, _ = arguments.samples("inputs", inputs)
+    for index, x in enumerate(ins):
         if not x.requires_grad:
             raise ValueError(
                 f"{arguments.leaf('inputs', inputs, index)} must require grad since before the critic ran, got a "
                 "tensor that does not: call requires_grad_() on it first"
             )
-    first = ins.tensors[0]
-    form, scale = arguments.options(
-        ins.tensors, target, one_sided, eps, weight, reduction, return_norms, grad_scale, group_size
-    )
-    ops = backend_for(backend, first)
-    cotangents = tuple(scaled_ones(output, scale) for output in outs.tensors)
+    form = arguments.options(ins, target, one_sided, eps, weight, reduction, return_norms, group_size)
+    if grad_scale is not None:
+        grad_scale = arguments.own_scale(grad_scale, ins)
+        form = arguments.unscaled(form, grad_scale, ins)
+    ops = backend_for(backend, ins[0])
+    cotangents = tuple(scaled_ones(output, grad_scale) for output in outs)
     if output_weights is not None:
-        factors = arguments.output_weights(output_weights, outputs, outs)
+        factors = arguments.output_weights(output_weights, outputs, outs, structure)
         cotangents = tuple((c * factor).to(c.dtype) for c, factor in zip(cotangents, factors, strict=True))
-    gradients = input_gradients(tuple(outs.tensors), cotangents, ins.tensors, torch.is_grad_enabled(), True)
+    gradients = input_gradients(tuple(outs), cotangents, ins, torch.is_grad_enabled(), True)
     if not gradients:
         raise ValueError(
             "outputs must depend on inputs, got outputs that do not: did the critic run on a copy of them, or under "

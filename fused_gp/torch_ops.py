@@ -39,10 +39,10 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
     if form.kappa is not None:
         norms *= form.kappa
     if form.eps and not form.squared:
-        norms = torch.addcmul(norms.new_full((), form.eps), norms, norms).sqrt_()
+        norms = torch.mul(norms, norms).add_(_number(form.eps, norms.dtype)).sqrt_()
     distance = norms if form.squared else _excess(norms, form)
     penalty = torch.dot(distance, distance) if form.reduce else distance.square()
-    return penalty.mul_(form.scale), norms
+    return penalty.mul_(_number(form.scale, norms.dtype)), norms
 
 
 def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
@@ -72,7 +72,8 @@ def penalty_double_backward(
 
     upstream_grad = None
     if upstream_needed:
-        upstream_grad = _scaled_w(norms, form).mul_(dots)
+        upstream_grad = dots * _number(2 * form.scale, norms.dtype)
+        upstream_grad = upstream_grad if form.squared else upstream_grad.mul_(_half_w(norms, form))
         upstream_grad = upstream_grad.sum() if form.reduce else upstream_grad
     if form.squared:
         return [_scaled(u, weight) for u in cotangents], upstream_grad
@@ -92,23 +93,23 @@ def penalty_double_backward(
 
 def _row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
     """upstream * scale * kappa^2 * w(n), as a column, or as one number where all rows have the same."""
-    weight = upstream * (2 * form.scale) if form.squared else _scaled_w(norms, form).mul_(upstream)
+    factor = upstream * _number(2 * form.scale, norms.dtype)
     if form.kappa is not None:
-        weight *= form.kappa**2
-    return weight[:, None] if weight.ndim else weight
+        factor *= form.kappa**2
+    if form.squared:  # w = 2
+        return factor.unsqueeze(1) if factor.ndim else factor
+    return _half_w(norms, form).mul_(factor).unsqueeze(1)
 
 
-def _scaled_w(norms: Tensor, form: PenaltyForm) -> Tensor:
-    """scale * w(n), where w(n) = 2 (n - t) / n. Few operations: at GAN sizes each costs more than its work."""
-    if form.squared:
-        return torch.full_like(norms, 2 * form.scale)
-    w = torch.addcdiv(norms.new_zeros(()), _excess(norms, form), norms, value=2 * form.scale)
+def _half_w(norms: Tensor, form: PenaltyForm) -> Tensor:
+    """w(n) / 2 = (n - t) / n. Few operations: at GAN sizes each costs more than its work."""
+    half = _excess(norms, form).div_(norms)
     if form.eps >= 1e-30:  # such an eps leaves no norm at zero
-        return w
-    if form.one_sided or form.scale <= 0:
-        return w.masked_fill_(norms == 0, 0)
-    # Where n = 0, and nowhere else, w is -t / 0 = -inf. Faster than comparing; NaN stays NaN.
-    return w.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=0.0)
+        return half
+    if form.one_sided:
+        return half.masked_fill_(norms == 0, 0)
+    # Where n = 0, and nowhere else, it is -t / 0 = -inf. Faster than comparing; NaN stays NaN.
+    return half.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=0.0)
 
 
 def _scaled(rows: Tensor, column: Tensor) -> Tensor:
@@ -120,9 +121,10 @@ def _scaled(rows: Tensor, column: Tensor) -> Tensor:
 
 def _row_norms(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of each row, over all tensors."""
+    if len(gradients) == 1:
+        return _norms_of_one(gradients[0], accumulation_type(gradients[0].dtype))
     dtype = accumulation_type(*[g.dtype for g in gradients])
-    each = [_norms_of_one(g, dtype) for g in gradients]
-    return each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each), 2, 0)
+    return torch.linalg.vector_norm(torch.stack([_norms_of_one(g, dtype) for g in gradients]), 2, 0)
 
 
 def _norms_of_one(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,5 +140,21 @@ def _norms_of_one(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _excess(norms: Tensor, form: PenaltyForm) -> Tensor:
-    difference = norms - form.target
+    difference = norms - _number(form.target, norms.dtype)
     return difference.clamp_(min=0) if form.one_sided else difference  # clamp keeps NaN
+
+
+_numbers: dict[tuple[float, torch.dtype], Tensor] = {}
+
+
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """The number as a tensor, which torch otherwise makes of it at every operation: longer work than a small sum."""
+    tensor = _numbers.get((value, dtype))
+    if tensor is None:
+        with torch.inference_mode(False):
+            tensor = torch.tensor(value, dtype=dtype)
+        if len(_numbers) > 1000:  # a weight that changes from step to step
+            _numbers.clear()
+        if type(tensor) is Tensor:  # no FakeTensor, which would outlive its mode
+            _numbers[value, dtype] = tensor
+    return tensor

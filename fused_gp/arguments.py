@@ -13,8 +13,8 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 from .form import PenaltyForm, accumulation_type
 
 # A batch as the caller has it, one tensor or a tuple, list or dict of them, is here the list of its tensors and their
-# structure, None for a tensor by itself.
-Structure = TreeSpec | None
+# structure: None for a tensor by itself, the type for a tuple or list of nothing but tensors, a tree for all else.
+Structure = TreeSpec | type | None
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -25,7 +25,7 @@ def samples(name: str, value: Any) -> tuple[list[Tensor], Structure]:
         if not _is_sound(value):
             raise _flaw(name, value)
         return [value], None
-    leaves, structure = tree_flatten(value)
+    leaves, structure = _flattened(value)
     if len(leaves) == 1 and leaves[0] is value:
         raise TypeError(f"{name} must be a torch.Tensor, or a tuple, list or dict of them, got {type(value).__name__}")
     if not leaves:
@@ -69,7 +69,10 @@ def structured_as(
     """The parts of `value`, one for each tensor of `model`, dicts matched by their keys."""
     parts = [value]
     fits = True
-    if structure is not None:
+    if isinstance(structure, type):
+        parts = list(value) if isinstance(value, (tuple, list)) and type(value) is structure else []
+        fits = len(parts) == len(model)
+    elif structure is not None:
         try:
             parts = structure.flatten_up_to(value)
         except (ValueError, TypeError):
@@ -83,7 +86,15 @@ def structured_as(
 
 def rebuilt(tensors: list[Tensor], structure: Structure) -> Any:
     """The caller's structure, with these tensors in it."""
-    return tensors[0] if structure is None else tree_unflatten(tensors, structure)
+    if structure is None:
+        return tensors[0]
+    return structure(tensors) if isinstance(structure, type) else tree_unflatten(tensors, structure)
+
+
+def _flattened(value: Any) -> tuple[list[Any], Structure]:
+    if type(value) in (tuple, list) and value and all([isinstance(part, Tensor) for part in value]):
+        return list(value), type(value)
+    return tree_flatten(value)
 
 
 def positive(name: str, value: Any) -> int:
@@ -158,7 +169,7 @@ def scores(value: Any, rows: int) -> None:
 
 def outputs(value: Any) -> tuple[list[Tensor], Structure]:
     """What a critic gave back: floating tensors, whatever their shapes."""
-    leaves, structure = ([value], None) if isinstance(value, Tensor) else tree_flatten(value)
+    leaves, structure = ([value], None) if isinstance(value, Tensor) else _flattened(value)
     for index, output in enumerate(leaves):
         if not isinstance(output, Tensor):
             raise TypeError(f"{leaf('outputs', value, index)} must be a torch.Tensor, got {type(output).__name__}")

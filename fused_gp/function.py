@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+from torch._C import _are_functorch_transforms_active
 from torch.autograd import Function
 
 
@@ -16,6 +16,6 @@ class FusedFunction(Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             return super().apply(*args)
         return super(Function, cls).apply(*args)  # type: ignore[misc]

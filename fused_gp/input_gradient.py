@@ -1,6 +1,7 @@
 """From a critic and the points it is asked about to the penalty on its input gradient there."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def _penalise(
             raise ValueError(
                 "critic must leave its input as it is, got one that changes it in place: inplace=True first?"
             )
-    gradients = input_gradients((scores,), (scaled_ones(scores, grad_scale),), points, create_graph, create_graph)
+    gradients = input_gradients((scores,), (cotangent(scores, grad_scale),), points, create_graph, create_graph)
     if not gradients:
         raise ValueError(
             "critic must return scores that depend on the samples it is given, got scores that do not: "
@@ -75,11 +76,11 @@ def input_gradients(
     retain_graph: bool,
 ) -> list[Tensor]:
     """d sum_k <cotangent_k, output_k> / d input, of those inputs that the outputs depend on: the others' is zero."""
-    if not all(output.requires_grad for output in outputs):
-        attached = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
-        if not attached:
-            return []
-        outputs, cotangents = zip(*attached, strict=True)
+    attached = [output.requires_grad for output in outputs]
+    if not any(attached):
+        return []
+    if not all(attached):
+        outputs, cotangents = tuple(compress(outputs, attached)), tuple(compress(cotangents, attached))
     # What torch.autograd.grad calls when it has checked its arguments. Ours are right by construction, and checking
     # them takes longer than all that the penalty itself does at small sizes.
     gradients = _engine_run_backward(
@@ -88,13 +89,15 @@ def input_gradients(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def scaled_ones(output: Tensor, grad_scale: float | Tensor | None) -> Tensor:
-    """The cotangent under which the gradient is that of the summed output times grad_scale.
+def cotangent(output: Tensor, grad_scale: float | Tensor | None, weight: float | Tensor = 1.0) -> Tensor:
+    """That under which the gradient is the one of the output's weighted sum times grad_scale.
 
     Scaling here instead of multiplying the output costs no node in the graph.
     """
     ones = torch.ones_like(output)
-    return ones if grad_scale is None else ones.mul_(grad_scale)
+    if isinstance(weight, Tensor) or weight != 1:
+        ones = (ones * weight).to(output.dtype)
+    return ones if grad_scale is None else ones * grad_scale
 
 
 def outside_inference_mode(tensor: Tensor) -> Tensor:

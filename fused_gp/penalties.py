@@ -10,7 +10,7 @@ from . import arguments
 from .backends import backend_for
 from .batch_norm import warn_of_batch_norm
 from .form import accumulation_type
-from .input_gradient import input_gradients, outside_inference_mode, penalise_critic, scaled_ones
+from .input_gradient import cotangent, input_gradients, penalise_critic
 from .interpolation import interpolate_rows
 from .norm_penalty import penalise_rows
 
@@ -258,7 +258,9 @@ def _zero_centred(
     ops = backend_for(backend, samples[0])
     warn_of_batch_norm(critic)
     # The critic gets tensors of our own: what else the caller computes from his has no part in the gradient.
-    points = [x.view_as(x) if x.requires_grad else outside_inference_mode(x).detach() for x in samples]
+    points = []
+    for x in samples:
+        points.append(x.view_as(x) if x.requires_grad else x.clone() if x.is_inference() else x.detach())
     penalty, norms = penalise_critic(critic, points, structure, critic_args, critic_kwargs, grad_scale, form, ops)
     return (penalty, norms) if return_norms else penalty
 
@@ -320,10 +322,10 @@ def input_gradient_penalty(
         grad_scale = arguments.own_scale(grad_scale, ins)
         form = arguments.unscaled(form, grad_scale, ins)
     ops = backend_for(backend, ins[0])
-    cotangents = tuple(scaled_ones(output, grad_scale) for output in outs)
+    factors = [1.0] * len(outs)
     if output_weights is not None:
         factors = arguments.output_weights(output_weights, outputs, outs, structure)
-        cotangents = tuple((c * factor).to(c.dtype) for c, factor in zip(cotangents, factors, strict=True))
+    cotangents = tuple([cotangent(out, grad_scale, factor) for out, factor in zip(outs, factors, strict=True)])
     gradients = input_gradients(tuple(outs), cotangents, ins, torch.is_grad_enabled(), True)
     if not gradients:
         raise ValueError(

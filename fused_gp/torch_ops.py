@@ -48,6 +48,8 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
 def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
     """Upstream, a scalar or (R,) -> the gradients of the penalty, (R, N) each."""
     weight = _row_weight(norms, upstream, form)
+    if len(gradients) == 1:
+        return [_scaled(gradients[0], weight)]
     return [_scaled(g, weight) for g in gradients]
 
 
@@ -68,7 +70,7 @@ def penalty_double_backward(
     for product in products[1:]:
         dots += product.sum(1)
     if form.kappa is not None:
-        dots *= form.kappa**2
+        dots.mul_(form.kappa).mul_(form.kappa)
 
     upstream_grad = None
     if upstream_needed:
@@ -83,7 +85,7 @@ def penalty_double_backward(
     inverse = norms.reciprocal().masked_fill_(flat, 0.0)
     bend = (upstream * inverse).mul_(2 * form.target * form.scale) * (dots * inverse)
     if form.kappa is not None:
-        bend *= form.kappa**2
+        bend.mul_(form.kappa).mul_(form.kappa)
     grads = []
     for g, u, product in zip(gradients, cotangents, products, strict=True):
         grad = torch.mul(g, inverse[:, None], out=product).mul_(bend[:, None])
@@ -95,7 +97,7 @@ def _row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
     """upstream * scale * kappa^2 * w(n), as a column, or as one number where all rows have the same."""
     factor = upstream * _number(2 * form.scale, norms.dtype)
     if form.kappa is not None:
-        factor *= form.kappa**2
+        factor.mul_(form.kappa).mul_(form.kappa)
     if form.squared:  # w = 2
         return factor.unsqueeze(1) if factor.ndim else factor
     return _half_w(norms, form).mul_(factor).unsqueeze(1)
@@ -121,10 +123,16 @@ def _scaled(rows: Tensor, column: Tensor) -> Tensor:
 
 def _row_norms(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of each row, over all tensors."""
+    first = gradients[0]
     if len(gradients) == 1:
-        return _norms_of_one(gradients[0], accumulation_type(gradients[0].dtype))
+        return _norms_of_one(first, accumulation_type(first.dtype))
     dtype = accumulation_type(*[g.dtype for g in gradients])
-    return torch.linalg.vector_norm(torch.stack([_norms_of_one(g, dtype) for g in gradients]), 2, 0)
+    norms = _norms_of_one(first, dtype)
+    squares = norms * norms
+    for g in gradients[1:]:
+        norms = _norms_of_one(g, dtype)
+        squares.addcmul_(norms, norms)
+    return squares.sqrt_()
 
 
 def _norms_of_one(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ test-gpu:
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.ops $(ARGS)
+	$(BIN)/python -m benchmarks.systems $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

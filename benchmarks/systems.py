@@ -33,7 +33,7 @@ BATCH = 64
 PAC = 8
 SHAPES = {"tiny": (BATCH, 2), "large": (BATCH, 3, 64, 64)}
 TURN = {"tiny": 10, "large": 1}  # steps
-ROUNDS = {"tiny": 200, "large": 60}
+ROUNDS = {"tiny": 200, "large": 120}
 
 Penalty = Callable[..., Any]
 
@@ -326,7 +326,7 @@ def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, help="rounds per case (default: 200 tiny, 60 large)")
+    parser.add_argument("--rounds", type=int, help="rounds per case (default: 200 tiny, 120 large)")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--size", choices=SHAPES, help="one of the sizes")
     parser.add_argument("--json", type=Path, help="write the numbers here too")

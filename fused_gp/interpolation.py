@@ -53,7 +53,8 @@ def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Te
     for real, fake in zip(reals, fakes, strict=True):
         order = storage_order(real)
         real_rows, fake_rows = to_rows(real, order, rows), to_rows(fake, order, rows)
-        column = alpha if alpha.dtype == real.dtype else alpha.to(accumulation_type(real.dtype))
+        dtype = accumulation_type(real.dtype)
+        column = alpha if alpha.dtype == dtype else alpha.to(dtype)
         if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad or alpha.requires_grad):
             x_hat = Interpolate.apply(real_rows, fake_rows, column, ops)
         else:  # the critic's step: nothing to differentiate, and no graph to pay for

@@ -438,6 +438,40 @@ class Scored(nn.Module):
         return self.net(x)
 
 
+class Trainer(nn.Module):
+    """Owns a generator with batch normalisation, as most have, beside a critic."""
+
+    def __init__(self, critic):
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.critic = critic
+
+    def score(self, x):
+        return self.critic(x)
+
+    def as_lambda(self):
+        return lambda x: self.critic(x)
+
+
+class Scorer:
+    """No module, but callable."""
+
+    def __init__(self, critic):
+        self.generator = nn.BatchNorm1d(4)
+        self.critic = critic
+
+    def __call__(self, x):
+        return self.critic(x)
+
+
+OWNERS = {
+    "a trainer's method": lambda critic: Trainer(critic).score,
+    "a lambda over a trainer": lambda critic: Trainer(critic).as_lambda(),
+    "a callable object": Scorer,
+    "a method of an object": lambda critic: Scorer(critic).__call__,
+}
+
+
 BATCH_NORMALISED = {
     "a module": (with_batch_norm, "1.0"),
     "partial": (lambda: functools.partial(with_batch_norm()), "1.0"),
@@ -468,6 +502,15 @@ def test_batch_norm_is_found_and_named(kind):
         for _ in range(3):
             fused_gradient_penalty(critic, *flat(4))
             r1_penalty(critic, flat(4)[0])
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_the_generators_batch_norm_is_not_the_critics(owner):
+    """Of an owner that has both, the part that the code names is looked at: no warning for the other one's."""
+    fused_gradient_penalty(OWNERS[owner](mlp(4)), *flat(4))
+    with pytest.warns(UserWarning, match=r"batch normalisation in training mode \(critic\.1\.0\)") as caught:
+        fused_gradient_penalty(OWNERS[owner](with_batch_norm()), *flat(4))
+    assert len(caught) == 1
 
 
 def test_each_critic_has_its_own_batch_norm_warning():

@@ -63,7 +63,7 @@ def _modules_behind(critic: Any) -> list[tuple[str, Module]]:
     found: list[tuple[str, Module]] = []
     for owner in owners:
         parts = owner._modules if isinstance(owner, Module) else getattr(owner, "__dict__", {})
-        named = [(name, parts[name]) for name in names if isinstance(parts.get(name), Module)]
+        named = [(name, part) for name, part in ((name, parts.get(name)) for name in names) if isinstance(part, Module)]
         found += named or ([("", owner)] if isinstance(owner, Module) else [])
     return found
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_gp import fused_gradient_penalty, reference
+from fused_gp import dragan_penalty, fused_gradient_penalty, reference
 
 
 def snippet(critic, real, fake):
@@ -70,6 +70,21 @@ def test_generator_is_consumed_as_rand_of_b_by_ones(shape, dtype):
         alpha = torch.rand(shape[0], *[1] * (len(shape) - 1))
         assert seen.pop().equal(alpha.to(dtype).expand(shape))
         assert after.equal(torch.rand(3))
+
+
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_dragan_draws_noise_and_then_alpha_from_the_generator(batch, alpha):
+    """The same numbers as under a global seed, whose own generator is left alone; a given alpha is not drawn."""
+    critic = conv_critic().eval()
+    torch.manual_seed(5)
+    wanted = dragan_penalty(critic, batch[0], alpha=alpha)
+    wanted_next = torch.rand(1)
+    torch.manual_seed(6)
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(5)
+    assert dragan_penalty(critic, batch[0], alpha=alpha, generator=generator).equal(wanted)
+    assert torch.rand(1, generator=generator).equal(wanted_next)
+    assert torch.get_rng_state().equal(before)
 
 
 def test_the_critic_runs_once_and_sees_its_arguments(batch):

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from .form import PenaltyForm, accumulation_type
 
@@ -99,11 +99,11 @@ def _flattened(value: Any) -> tuple[list[Any], Structure]:
 
 def positive(name: str, value: Any) -> int:
     """A whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return int(value)
 
 
 def alpha(value: Any, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -160,6 +160,8 @@ def scores(value: Any, rows: int) -> None:
         raise TypeError(f"critic must return one tensor of scores, got {example}")
     if not value.is_floating_point():
         raise TypeError(f"critic must return floating scores, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"critic must return a dense tensor of scores, got layout {value.layout}")
     if value.numel() < rows:
         raise ValueError(
             f"critic must return at least one score per sample or group, got {_shape(value)} for {rows} of them: "
@@ -221,7 +223,7 @@ def own_scale(value: Any, tensors: Sequence[Tensor]) -> float | Tensor:
     scale = grad_scale(value, tensors[0].device)
     if isinstance(scale, Tensor):
         return scale.to(torch.bfloat16)
-    rounded = torch.tensor(scale, dtype=torch.bfloat16).item()
+    rounded = torch.tensor(scale, dtype=torch.bfloat16, device="cpu").item()
     if not 0 < rounded < math.inf:
         raise ValueError(f"grad_scale must be a number that bf16 can hold, got {value!r}")
     return rounded
@@ -230,8 +232,7 @@ def own_scale(value: Any, tensors: Sequence[Tensor]) -> float | Tensor:
 def grad_scale(value: Any, device: torch.device) -> float | Tensor:
     """The factor on the scores: a number, or a tensor of no dimensions that nobody has read yet."""
     if isinstance(value, torch.amp.GradScaler):
-        # Its public way to tell the scale without waiting for the device. Disabled, it scales nothing.
-        return value.scale(torch.ones((), device=device)) if value.is_enabled() else 1.0
+        return value.scale(torch.ones((), device=device))  # its public way to tell, and it waits for no device
     if not isinstance(value, Tensor):
         if isinstance(value, Real):
             return number("grad_scale", value, above=0)
@@ -271,7 +272,8 @@ def _form(
     flag("return_norms", return_norms)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if batch % positive("group_size", group_size):
+    group_size = positive("group_size", group_size)
+    if batch % group_size:
         raise ValueError(f"group_size must divide the batch, got {group_size} for {batch} samples")
     rows = batch // group_size
     return PenaltyForm(
@@ -357,11 +359,8 @@ def _are_alike(sound: Tensor, other: Tensor) -> bool:
 
 
 def _structure(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with {list(value)}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+    """(Tensor, [Tensor, Tensor]), with quotes."""
+    return str(tree_map(lambda leaf: type(leaf).__name__, value))
 
 
 def _shape(tensor: Tensor) -> str:

@@ -72,7 +72,8 @@ def fused_gradient_penalty(
             the last two is waited for. It is rounded to 8 bits, which powers of two are not changed by.
         critic_args, critic_kwargs: further arguments of the critic, such as labels.
         backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
-        return_norms: also return the norms :math:`n_i`, for logging.
+        return_norms: also return the norms :math:`n_i`, for logging. The backward needs them unchanged: copy them
+            before you change them in place.
 
     Returns:
         The penalty, a scalar, or (B,) with reduction "none"; with `return_norms`, the pair of it and the norms, (B,),
@@ -163,10 +164,7 @@ def dragan_penalty(
         arguments.generator(generator, reals[0].device)
     if any(x.numel() < 2 for x in reals):
         raise ValueError("real must hold at least two elements to have a standard deviation, got one")
-    noisy = [
-        x + noise_scale * x.std() * torch.empty_like(x, requires_grad=False).uniform_(generator=generator)
-        for x in reals
-    ]
+    noisy = [x + noise_scale * x.std() * torch.empty_like(x).uniform_(generator=generator) for x in reals]
     return fused_gradient_penalty(
         critic, real, arguments.rebuilt(noisy, structure), alpha=alpha, generator=generator if alpha is None else None,
         target=target, one_sided=one_sided, eps=eps, weight=weight, reduction=reduction, group_size=group_size,

@@ -39,10 +39,10 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
     if form.kappa is not None:
         norms *= form.kappa
     if form.eps and not form.squared:
-        norms = torch.mul(norms, norms).add_(_number(form.eps, norms.dtype)).sqrt_()
+        norms = torch.mul(norms, norms).add_(_number(form.eps, norms)).sqrt_()
     distance = norms if form.squared else _excess(norms, form)
     penalty = torch.dot(distance, distance) if form.reduce else distance.square()
-    return penalty.mul_(_number(form.scale, norms.dtype)), norms
+    return penalty.mul_(_number(form.scale, norms)), norms
 
 
 def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
@@ -74,7 +74,7 @@ def penalty_double_backward(
 
     upstream_grad = None
     if upstream_needed:
-        upstream_grad = dots * _number(2 * form.scale, norms.dtype)
+        upstream_grad = dots * _number(2 * form.scale, norms)
         upstream_grad = upstream_grad if form.squared else upstream_grad.mul_(_half_w(norms, form))
         upstream_grad = upstream_grad.sum() if form.reduce else upstream_grad
     if form.squared:
@@ -95,7 +95,7 @@ def penalty_double_backward(
 
 def _row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
     """upstream * scale * kappa^2 * w(n), as a column, or as one number where all rows have the same."""
-    factor = upstream * _number(2 * form.scale, norms.dtype)
+    factor = upstream * _number(2 * form.scale, norms)
     if form.kappa is not None:
         factor.mul_(form.kappa).mul_(form.kappa)
     if form.squared:  # w = 2
@@ -148,21 +148,22 @@ def _norms_of_one(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _excess(norms: Tensor, form: PenaltyForm) -> Tensor:
-    difference = norms - _number(form.target, norms.dtype)
+    difference = norms - _number(form.target, norms)
     return difference.clamp_(min=0) if form.one_sided else difference  # clamp keeps NaN
 
 
 _numbers: dict[tuple[float, torch.dtype], Tensor] = {}
 
 
-def _number(value: float, dtype: torch.dtype) -> Tensor:
-    """The number as a tensor, which torch otherwise makes of it at every operation: longer work than a small sum."""
-    tensor = _numbers.get((value, dtype))
+def _number(value: float, like: Tensor) -> Tensor | float:
+    """For small CPU tensors, a number as a tensor: torch otherwise makes one of it at every operation, which takes
+    longer than the operation. Other devices and other kinds of tensor (FakeTensor) get the number itself.
+    """
+    if type(like) is not Tensor or not like.is_cpu:
+        return value
+    tensor = _numbers.get((value, like.dtype))
     if tensor is None:
-        with torch.inference_mode(False):
-            tensor = torch.tensor(value, dtype=dtype)
         if len(_numbers) > 1000:  # a weight that changes from step to step
             _numbers.clear()
-        if type(tensor) is Tensor:  # no FakeTensor, which would outlive its mode
-            _numbers[value, dtype] = tensor
+        tensor = _numbers[value, like.dtype] = torch.tensor(value, dtype=like.dtype, device="cpu")
     return tensor

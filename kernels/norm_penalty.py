@@ -186,15 +186,16 @@ def scale_rows_kernel(
     in_batch = row < rows
     mask = in_batch[:, None] & (col < width)[None, :]
 
-    a = tl.load(upstream + row * upstream_stride, mask=in_batch, other=0.0) * scale * (kappa * kappa)
+    # kappa goes with g, u and a one by one: its square would leave the range of fp32 where it does not.
+    a = tl.load(upstream + row * upstream_stride, mask=in_batch, other=0.0) * scale * kappa
     n = tl.load(norms + row, mask=in_batch, other=1.0)
     w = (a * row_weight(n, target, ONE_SIDED, SQUARED))[:, None]
     if cotangents is None:
         g = tl.load(gradients + row[:, None] * gradients_stride + col[None, :], mask=mask, other=0.0).to(acc)
-        value = w * g
+        value = w * (g * kappa)
     else:
         u = tl.load(cotangents + row[:, None] * cotangents_stride + col[None, :], mask=mask, other=0.0).to(acc)
-        value = w * u
+        value = w * (u * kappa)
         if not SQUARED:
             # (w'/n) s g = (2 t / n) (s / n) (g / n), in this order: 2 t / n^3 alone overflows for small n.
             g = tl.load(gradients + row[:, None] * gradients_stride + col[None, :], mask=mask, other=0.0).to(acc)
@@ -204,11 +205,9 @@ def scale_rows_kernel(
             inverse = 1.0 / tl.where(flat, 1.0, n)
             s = tl.load(dots + row, mask=in_batch, other=0.0)
             bend = tl.where(flat, 0.0, a * (2.0 * target * inverse) * (s * inverse))
-            value += bend[:, None] * (g * inverse[:, None])
-    if out.dtype.element_ty != acc:
-        value = value.to(
-            tl.float32
-        )  # beside a fp64 tensor, a half one is summed in fp64, from which it has no own cast
+            value += bend[:, None] * (g * kappa * inverse[:, None])
+    if out.dtype.element_ty != acc:  # fp64, where a half tensor is beside a fp64 one, has no cast to bf16 of its own
+        value = value.to(tl.float32)
     tl.store(out + row[:, None] * width + col[None, :], value, mask=mask)
 
 

@@ -170,6 +170,7 @@ def test_generator_of_another_device():
         (lambda x: [x], TypeError, "got a list of 1: wrap it"),
         (lambda x: {"scores": x}, TypeError, r"got a dict with \['scores'\]: wrap it"),
         (lambda x: 1.0, TypeError, "critic must return one tensor of scores, got float"),
+        (lambda x: (x * 1).to_sparse(), TypeError, "critic must return a dense tensor of scores, got layout"),
         (lambda x: x > 0, TypeError, "critic must return floating scores, got torch.bool"),
         (lambda x: torch.complex(x, x), TypeError, "critic must return floating scores, got torch.complex64"),
         (lambda x: x.mean(), ValueError, r"at least one score per sample or group, got shape \(\) for 4 of"),
@@ -197,6 +198,11 @@ def test_nested_tensor():
 def test_numpy_numbers_are_numbers():
     for weight in (np.float32(10), np.float64(10), np.int64(10)):
         assert gradient_norm_penalty(GOOD, weight=weight).equal(gradient_norm_penalty(GOOD, weight=10.0))
+
+
+def test_numpy_integers_are_integers():
+    penalty = fused_gradient_penalty(critic, GOOD, GOOD + 1, alpha=0.5, group_size=np.int64(2))
+    assert penalty.equal(fused_gradient_penalty(critic, GOOD, GOOD + 1, alpha=0.5, group_size=2))
 
 
 def test_one_sample_may_have_one_scalar_score():

@@ -8,8 +8,9 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_gp import dragan_penalty, fused_gradient_penalty, reference
+from fused_gp import dragan_penalty, fused_gradient_penalty, gradient_norm_penalty, r1_penalty, reference
 
 
 def snippet(critic, real, fake):
@@ -178,6 +179,43 @@ def test_nothing_of_the_callers_is_changed(batch):
     assert all(p.grad is None and p.requires_grad for p in critic.parameters())
     for name, value in critic.state_dict().items():
         assert value.equal(state[name])
+
+
+def test_what_else_is_computed_from_the_samples_has_no_part_in_the_gradient(place):
+    """The critic is asked at points of ours: a weight that the caller took from the same tensor is a constant there."""
+    real = torch.randn(4, 3, dtype=torch.float64, device=place.device, requires_grad=True)
+    factor = real.square().sum(1)
+    _, norms = r1_penalty(lambda x: x.sum(1) * factor, real, return_norms=True, backend=place.backend)
+    torch.testing.assert_close(norms, factor.detach() * 3**0.5)
+
+
+def test_r1_on_samples_made_in_inference_mode(place):
+    """Data loaders run under inference_mode; the training step does not."""
+    with torch.inference_mode():
+        real = torch.randn(4, 3, device=place.device)
+    weight = torch.ones(3, device=place.device, requires_grad=True)
+    r1_penalty(lambda x: (x * weight).sum(1).square(), real, backend=place.backend).backward()
+    assert weight.grad.abs().max() > 0
+
+
+def test_the_default_device_leaves_nothing_behind(place):
+    """Numbers that are kept from call to call belong to no device; neither does a number for grad_scale."""
+    x = torch.randn(4, 6, device=place.device)
+    options = {"weight": 11.25, "eps": 0.015, "backend": place.backend}
+    with torch.device("meta"):
+        inside = gradient_norm_penalty(x, **options)
+        fused_gradient_penalty(lambda x: x.square().sum(1), x, x, alpha=0.5, grad_scale=8.0, backend=place.backend)
+    torch.testing.assert_close(inside, reference.gradient_norm_penalty(x, weight=11.25, eps=0.015))
+    assert gradient_norm_penalty(x, **options).equal(inside)
+
+
+def test_fake_tensors_leave_nothing_behind():
+    """FakeTensorMode, in which people estimate memory, and then a real call with the same numbers."""
+    options = {"weight": 7.125, "eps": 0.03125}
+    with FakeTensorMode():
+        gradient_norm_penalty(torch.randn(4, 6), **options)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(gradient_norm_penalty(x, **options), reference.gradient_norm_penalty(x, **options))
 
 
 def test_frozen_critic(batch):

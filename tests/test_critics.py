@@ -513,6 +513,12 @@ def test_the_generators_batch_norm_is_not_the_critics(owner):
     assert len(caught) == 1
 
 
+def test_batch_norm_without_running_statistics_sees_the_batch_in_evaluation_too():
+    critic = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1)).eval()
+    with pytest.warns(UserWarning, match=r"\(0\)"):
+        fused_gradient_penalty(critic, *flat(4))
+
+
 def test_each_critic_has_its_own_batch_norm_warning():
     """A second critic is warned of, a third without batch normalisation is not; all that one has are named."""
     for _ in range(2):

@@ -311,6 +311,38 @@ def test_wrong_scale(function, scale, error):
     assert len(runs) == (function == "input_gradient")
 
 
+@pytest.mark.parametrize("function", ["fused", "r1"])
+def test_a_scale_that_has_grown_for_weeks(place, function):
+    """GradScaler doubles while nothing overflows. kappa^2 leaves the range of fp32 long before the result does: then
+    the penalty is right, or visibly not finite, but never a silent zero in the weights."""
+    critic = mlp(torch.float32, place.device)
+    samples = on_grid(torch.float32, place.device)
+    options = {"backend": place.backend}
+    for exponent in (60, 76, 90):
+        scale = torch.tensor(2.0**exponent, device=place.device)
+        torch.manual_seed(0)
+        penalty = FAMILY[function](fused_gp, critic, *samples, grad_scale=scale, **options)
+        (grad,) = torch.autograd.grad(penalty * scale, critic[0].weight)
+        torch.manual_seed(0)
+        plain = FAMILY[function](fused_gp, critic, *samples, **options)
+        (plain_grad,) = torch.autograd.grad(plain, critic[0].weight)
+        if penalty.isfinite():
+            torch.testing.assert_close(penalty, plain)
+            torch.testing.assert_close(grad / scale, plain_grad)
+        else:
+            assert place.backend == "torch"
+            assert exponent > 60
+
+
+def test_a_scale_that_is_learned_gets_no_gradient(place):
+    """It is put in and taken out again: nothing depends on it."""
+    critic = mlp(torch.float64, place.device)
+    samples = on_grid(torch.float64, place.device)
+    scale = torch.tensor(8.0, device=place.device, requires_grad=True)
+    penalty = fused_gradient_penalty(critic, *samples, grad_scale=scale, backend=place.backend)
+    assert torch.autograd.grad(penalty, scale, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("scale", [1e100, 1e-100])
 def test_a_number_that_no_fp32_scaler_could_hold(scale):
     """Scores are scaled by a number that every floating type holds; for gradients that came scaled, any will do."""

@@ -208,12 +208,12 @@ def test_structures_without_gradients(place, mode):
 @pytest.mark.parametrize(
     ("real", "fake", "message"),
     [
-        ((1, 2), [1, 2], "got a tuple of 2 and a list of 2"),
-        ((1, 2), (1,), "got a tuple of 2 and a tuple of 1"),
-        ((1, 2), 1, "got a tuple of 2 and a Tensor"),
-        (1, (1, 2), "got a Tensor and a tuple of 2"),
-        ({"a": 1}, {"b": 1}, r"got a dict with \['a'\] and a dict with \['b'\]"),
-        ((1, 2), (1, (1, 2)), "got a tuple of 2 and a tuple of 2"),
+        ((1, 2), [1, 2], r"got \('Tensor', 'Tensor'\) and \['Tensor', 'Tensor'\]"),
+        ((1, 2), (1,), r"got \('Tensor', 'Tensor'\) and \('Tensor',\)"),
+        ((1, 2), 1, r"got \('Tensor', 'Tensor'\) and Tensor"),
+        (1, (1, 2), r"got Tensor and \('Tensor', 'Tensor'\)"),
+        ({"a": 1}, {"b": 1}, r"got {'a': 'Tensor'} and {'b': 'Tensor'}"),
+        ((1, 2), (1, [1]), r"got \('Tensor', 'Tensor'\) and \('Tensor', \['Tensor'\]\)"),
     ],
     ids=str,
 )

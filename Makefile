@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test test-gpu bench lint clean
+.PHONY: demo test test-gpu bench bench-ops bench-systems lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -15,8 +15,13 @@ test: .venv/dev
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 
-bench: .venv/dev
+# The two have options of their own: give ARGS to one of them.
+bench: bench-ops bench-systems
+
+bench-ops: .venv/dev
 	$(BIN)/python -m benchmarks.ops $(ARGS)
+
+bench-systems: .venv/dev
 	$(BIN)/python -m benchmarks.systems $(ARGS)
 
 lint: .venv/dev

@@ -9,7 +9,6 @@ round; above 1 ours is faster. Nothing is timed before both gave the same number
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks import snippet
+from benchmarks import snippet, timing
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate
 
 SHAPES = [(2, 4), (64, 2), (64, 784), (64, 3, 64, 64), (64, 3, 256, 256)]
@@ -65,27 +64,13 @@ def measure(ours: Step, peer: Step, rounds: int, device: str) -> dict[str, float
     for one, two in zip(ours(), peer(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
-    def seconds(step: Step) -> float:
-        _synchronize(device)
-        start = time.perf_counter()
-        step()
-        _synchronize(device)
-        return time.perf_counter() - start
-
-    times = [(seconds(ours), seconds(peer)) for _ in range(rounds)]
-    low, median, high = statistics.quantiles([b / a for a, b in times], n=4)
+    times = [(timing.seconds(ours, device), timing.seconds(peer, device)) for _ in range(rounds)]
+    ours_seconds, peer_seconds = zip(*times, strict=True)
     return {
-        "ours_ms": 1e3 * statistics.median(a for a, _ in times),
-        "peer_ms": 1e3 * statistics.median(b for _, b in times),
-        "ratio": median,
-        "ratio_low": low,
-        "ratio_high": high,
+        "ours_ms": 1e3 * statistics.median(ours_seconds),
+        "peer_ms": 1e3 * statistics.median(peer_seconds),
+        **timing.ratio(peer_seconds, ours_seconds),
     }
-
-
-def _synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import timing
 from fused_gp import dragan_penalty, fused_gradient_penalty, input_gradient_penalty, r1_penalty, r2_penalty
 
 BATCH = 64
@@ -290,14 +290,6 @@ def measure(case: Row, size: str, device: str, rounds: int | None) -> dict[str, 
         for one, two in zip(seeded(contestants[name]), wanted, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
-    def seconds(penalty: Penalty) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(TURN[size]):
-            step(penalty)
-        synchronize(device)
-        return (time.perf_counter() - start) / TURN[size]
-
     order = random.Random(0)
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -305,21 +297,14 @@ def measure(case: Row, size: str, device: str, rounds: int | None) -> dict[str, 
     for _ in range(rounds):
         order.shuffle(names)
         for name in names:
-            times[name].append(seconds(contestants[name]))
+            times[name].append(timing.seconds(partial(step, contestants[name]), device, TURN[size]))
     medians = {name: statistics.median(times[name]) for name in contestants}
     peer = min(("usual", "tidy"), key=lambda name: medians[name])
-    ratios = [theirs / ours for theirs, ours in zip(times[peer], times["ours"], strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
     return {
         "system": case.name, "size": size, "shape": list(SHAPES[size]), "rounds": rounds,
         **{f"{name}_ms": 1e3 * median for name, median in medians.items()},
-        "peer": peer, "ratio": ratio, "ratio_low": low, "ratio_high": high,
+        "peer": peer, **timing.ratio(times[peer], times["ours"]),
     }  # fmt: skip
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def main() -> None:

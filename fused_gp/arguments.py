@@ -106,8 +106,9 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
-def alpha(value: Any, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """alpha as a column, (rows, 1)."""
+def alpha(value: Any, rows: int, reals: Sequence[Tensor]) -> Tensor:
+    """alpha as a column, (rows, 1), in the accumulation type of all of real."""
+    dtype, device = accumulation_type(*[x.dtype for x in reals]), reals[0].device
     if not isinstance(value, Tensor):
         weight = number("alpha", value)
         if not 0 <= weight <= 1:
@@ -215,21 +216,27 @@ def options(
         return _form(*given)
 
 
-def own_scale(value: Any, tensors: Sequence[Tensor]) -> float | Tensor:
-    """The factor that we are to multiply scores by, as a number of 8 bits.
+def own_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> tuple[PenaltyForm, float | Tensor]:
+    """The factor that we are to multiply scores by, as a number of 8 bits, and the form that takes it out again.
 
     So every floating type holds it exactly, whatever types the scores have, and it is taken out as it was put in.
     """
-    scale = grad_scale(value, tensors[0].device)
+    scale = _grad_scale(value, tensors[0].device)
     if isinstance(scale, Tensor):
-        return scale.to(torch.bfloat16)
-    rounded = torch.tensor(scale, dtype=torch.bfloat16, device="cpu").item()
-    if not 0 < rounded < math.inf:
-        raise ValueError(f"grad_scale must be a number that bf16 can hold, got {value!r}")
-    return rounded
+        scale = scale.to(torch.bfloat16)
+    else:
+        scale = torch.tensor(scale, dtype=torch.bfloat16, device="cpu").item()
+        if not 0 < scale < math.inf:
+            raise ValueError(f"grad_scale must be a number that bf16 can hold, got {value!r}")
+    return _unscaled(form, scale, tensors), scale
 
 
-def grad_scale(value: Any, device: torch.device) -> float | Tensor:
+def callers_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> PenaltyForm:
+    """The form that takes out the factor which these gradients already have."""
+    return _unscaled(form, _grad_scale(value, tensors[0].device), tensors)
+
+
+def _grad_scale(value: Any, device: torch.device) -> float | Tensor:
     """The factor on the scores: a number, or a tensor of no dimensions that nobody has read yet."""
     if isinstance(value, torch.amp.GradScaler):
         return value.scale(torch.ones((), device=device))  # its public way to tell, and it waits for no device
@@ -246,8 +253,7 @@ def grad_scale(value: Any, device: torch.device) -> float | Tensor:
     return value.detach().reshape(())
 
 
-def unscaled(form: PenaltyForm, scale: float | Tensor, tensors: Sequence[Tensor]) -> PenaltyForm:
-    """The form that takes the scale out again."""
+def _unscaled(form: PenaltyForm, scale: float | Tensor, tensors: Sequence[Tensor]) -> PenaltyForm:
     if isinstance(scale, Tensor):  # inverted in the accumulation type: in fp16 the inverse of a large one is zero
         scale = scale.to(accumulation_type(scale.dtype, *[x.dtype for x in tensors]))
     return form._replace(kappa=1 / scale)

@@ -40,10 +40,8 @@ def interpolate(real: Any, fake: Any, alpha: Tensor | float, *, backend: str = "
     From Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, algorithm 1.
     """
     reals, fakes, structure = arguments.pair(real, fake)
-    first = reals[0]
-    dtype = accumulation_type(*[x.dtype for x in reals])
-    column = arguments.alpha(alpha, first.shape[0], dtype, first.device)
-    return arguments.rebuilt(interpolate_rows(reals, fakes, column, backend_for(backend, first)), structure)
+    column = arguments.alpha(alpha, reals[0].shape[0], reals)
+    return arguments.rebuilt(interpolate_rows(reals, fakes, column, backend_for(backend, reals[0])), structure)
 
 
 def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Tensor, ops: Any) -> list[Tensor]:

@@ -76,7 +76,7 @@ class GradientPenalty(torch.nn.Module):
         due = self.calls % self.every == 0
         if not due:
             self.calls += 1
-            return self._nothing((inputs, options), options)
+            return self._nothing(inputs, options)
         result = self.penalty(*inputs, **options)
         self.calls += 1  # only now: a call that raised does not count
         if self.every == 1 or not self.compensate:
@@ -85,9 +85,9 @@ class GradientPenalty(torch.nn.Module):
             return (result[0] * self.every, *result[1:])
         return result * self.every
 
-    def _nothing(self, arguments: Any, options: dict[str, Any]) -> Any:
+    def _nothing(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Zero on the device of the samples, which can be added to a loss or be one."""
-        device = next((t.device for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)), None)
+        device = next((t.device for t in tree_leaves((inputs, options)) if isinstance(t, torch.Tensor)), None)
         zero = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
         return (zero, None) if options.get("return_norms") else zero
 

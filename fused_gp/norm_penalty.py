@@ -69,17 +69,14 @@ def gradient_norm_penalty(
     tensors, _ = arguments.samples("gradients", gradients)
     form = arguments.options(tensors, target, one_sided, eps, weight, reduction, return_norms, squared=squared)
     if grad_scale is not None:
-        form = arguments.unscaled(form, arguments.grad_scale(grad_scale, tensors[0].device), tensors)
+        form = arguments.callers_scale(form, grad_scale, tensors)
     penalty, norms = penalise_rows(tensors, form, backend_for(backend, tensors[0]))
     return (penalty, norms) if return_norms else penalty
 
 
 def penalise_rows(gradients: Sequence[Tensor], form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
     """The op on checked arguments: penalty and norms, one norm per row over all the tensors."""
-    rows = form.rows
-    if len(gradients) == 1:  # the usual case, in one go
-        return NormPenalty.apply(form, ops, to_rows(gradients[0], storage_order(gradients[0]), rows))
-    return NormPenalty.apply(form, ops, *[to_rows(g, storage_order(g), rows) for g in gradients])
+    return NormPenalty.apply(form, ops, *[to_rows(g, storage_order(g), form.rows) for g in gradients])
 
 
 class NormPenalty(FusedFunction):

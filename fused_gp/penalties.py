@@ -9,7 +9,6 @@ from torch import Tensor
 from . import arguments
 from .backends import backend_for
 from .batch_norm import warn_of_batch_norm
-from .form import accumulation_type
 from .input_gradient import cotangent, input_gradients, penalise_critic
 from .interpolation import interpolate_rows
 from .norm_penalty import penalise_rows
@@ -99,8 +98,7 @@ def fused_gradient_penalty(
     first = reals[0]
     form = arguments.options(reals, target, one_sided, eps, weight, reduction, return_norms, group_size)
     if grad_scale is not None:
-        grad_scale = arguments.own_scale(grad_scale, reals)
-        form = arguments.unscaled(form, grad_scale, reals)
+        form, grad_scale = arguments.own_scale(form, grad_scale, reals)
     if generator is not None:
         arguments.generator(generator, first.device)
         if alpha is not None:
@@ -113,8 +111,7 @@ def fused_gradient_penalty(
         # everybody's torch.rand(B, 1, 1, 1), which draws the same numbers: a seed means the same here and there.
         column = torch.rand((form.rows, 1), generator=generator, device=first.device)
     else:
-        dtype = accumulation_type(*[x.dtype for x in reals])
-        column = arguments.alpha(alpha, form.rows, dtype, first.device)
+        column = arguments.alpha(alpha, form.rows, reals)
     points = interpolate_rows(reals, fakes, column, ops)
     penalty, norms = penalise_critic(critic, points, structure, critic_args, critic_kwargs, grad_scale, form, ops)
     return (penalty, norms) if return_norms else penalty
@@ -199,11 +196,19 @@ def r1_penalty(
 
     From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018.
     """
-    arguments.critic(critic, critic_args, critic_kwargs)
     return _zero_centred(
-        critic, *arguments.samples("real", real), weight, reduction, group_size, grad_scale, critic_args, critic_kwargs,
-        backend, return_norms,
-    )  # fmt: skip
+        critic,
+        "real",
+        real,
+        weight,
+        reduction,
+        group_size,
+        grad_scale,
+        critic_args,
+        critic_kwargs,
+        backend,
+        return_norms,
+    )
 
 
 def r2_penalty(
@@ -228,17 +233,25 @@ def r2_penalty(
     From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018; with R1: Huang et al., "The
     GAN is dead; long live the GAN! A Modern GAN Baseline", 2024.
     """
-    arguments.critic(critic, critic_args, critic_kwargs)
     return _zero_centred(
-        critic, *arguments.samples("fake", fake), weight, reduction, group_size, grad_scale, critic_args, critic_kwargs,
-        backend, return_norms,
-    )  # fmt: skip
+        critic,
+        "fake",
+        fake,
+        weight,
+        reduction,
+        group_size,
+        grad_scale,
+        critic_args,
+        critic_kwargs,
+        backend,
+        return_norms,
+    )
 
 
 def _zero_centred(
     critic: Callable[..., Tensor],
-    samples: list[Tensor],
-    structure: arguments.Structure,
+    name: str,
+    value: Any,
     weight: float,
     reduction: str,
     group_size: int,
@@ -248,11 +261,12 @@ def _zero_centred(
     backend: str,
     return_norms: bool,
 ) -> Any:
+    arguments.critic(critic, critic_args, critic_kwargs)
+    samples, structure = arguments.samples(name, value)
     half = 0.5 * arguments.number("weight", weight)
     form = arguments.options(samples, 0.0, False, 0.0, half, reduction, return_norms, group_size)
     if grad_scale is not None:
-        grad_scale = arguments.own_scale(grad_scale, samples)
-        form = arguments.unscaled(form, grad_scale, samples)
+        form, grad_scale = arguments.own_scale(form, grad_scale, samples)
     ops = backend_for(backend, samples[0])
     warn_of_batch_norm(critic)
     # The critic gets tensors of our own: what else the caller computes from his has no part in the gradient.
@@ -317,8 +331,7 @@ def input_gradient_penalty(
             )
     form = arguments.options(ins, target, one_sided, eps, weight, reduction, return_norms, group_size)
     if grad_scale is not None:
-        grad_scale = arguments.own_scale(grad_scale, ins)
-        form = arguments.unscaled(form, grad_scale, ins)
+        form, grad_scale = arguments.own_scale(form, grad_scale, ins)
     ops = backend_for(backend, ins[0])
     factors = [1.0] * len(outs)
     if output_weights is not None:

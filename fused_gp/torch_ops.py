@@ -6,6 +6,7 @@ rows' size beyond those it returns (half types make fp32 ones on the way). They 
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,8 +49,6 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
 def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
     """Upstream, a scalar or (R,) -> the gradients of the penalty, (R, N) each."""
     weight = _row_weight(norms, upstream, form)
-    if len(gradients) == 1:
-        return [_scaled(gradients[0], weight)]
     return [_scaled(g, weight) for g in gradients]
 
 
@@ -152,18 +151,13 @@ def _excess(norms: Tensor, form: PenaltyForm) -> Tensor:
     return difference.clamp_(min=0) if form.one_sided else difference  # clamp keeps NaN
 
 
-_numbers: dict[tuple[float, torch.dtype], Tensor] = {}
-
-
 def _number(value: float, like: Tensor) -> Tensor | float:
-    """For small CPU tensors, a number as a tensor: torch otherwise makes one of it at every operation, which takes
-    longer than the operation. Other devices and other kinds of tensor (FakeTensor) get the number itself.
+    """For CPU tensors, a number as a tensor: torch otherwise makes one of it at every operation, which on small tensors
+    takes longer than the operation. Other devices and other kinds of tensor (FakeTensor) get the number itself.
     """
-    if type(like) is not Tensor or not like.is_cpu:
-        return value
-    tensor = _numbers.get((value, like.dtype))
-    if tensor is None:
-        if len(_numbers) > 1000:  # a weight that changes from step to step
-            _numbers.clear()
-        tensor = _numbers[value, like.dtype] = torch.tensor(value, dtype=like.dtype, device="cpu")
-    return tensor
+    return _tensor(value, like.dtype) if type(like) is Tensor and like.is_cpu else value
+
+
+@lru_cache(maxsize=256)
+def _tensor(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")

@@ -87,7 +87,7 @@ def call_all(rows: torch.Tensor, thorough: bool) -> None:
 def penalty_all(tensors, grad_scale, thorough=False, one_sided=False, squared=False, reduction="mean"):
     form = arguments.options(tensors, 1.0, one_sided, 1e-12, 1.0, reduction, False, squared=squared)
     if grad_scale is not None:
-        form = arguments.unscaled(form, grad_scale, tensors)
+        form = arguments.callers_scale(form, grad_scale, tensors)
     penalty, norms = kernels.penalty_forward(tensors, form)
     upstream = torch.ones_like(penalty)
     kernels.penalty_backward(tensors, norms, upstream, form)

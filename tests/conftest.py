@@ -44,6 +44,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors: threads that wait for one another on busy cores would only make a file slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch):
     """Memory that was not written to holds NaN, so that reading it cannot go unnoticed."""

@@ -18,13 +18,7 @@ from fused_gp import GradientPenalty, fused_gradient_penalty, input_gradient_pen
 FAMILY = ["fused_gradient_penalty", "r1_penalty", "r2_penalty", "dragan_penalty"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: threads that wait for one another on busy cores would only make the file slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(function, critic, *samples, weights=None, **options):

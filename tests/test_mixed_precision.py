@@ -13,13 +13,7 @@ HALVES = [torch.float16, torch.bfloat16]
 STEP = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # between neighbours of a number, relative
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """These tensors are tiny: threads that wait for one another on busy cores would only make the file slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def of_outputs(module, critic, real, fake, **options):

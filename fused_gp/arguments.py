@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from .form import PenaltyForm, accumulation_type
+from .method import METHODS, Method
 
 # A batch as the caller has it, one tensor or a tuple, list or dict of them, is here the list of its tensors and their
 # structure: None for a tensor by itself, the type for a tuple or list of nothing but tensors, a tree for all else.
@@ -210,10 +211,27 @@ def options(
 ) -> PenaltyForm:
     """The penalty these options mean for these samples, nothing being scaled."""
     given = (tensors[0].shape[0], group_size, target, one_sided, squared, eps, weight, reduction, return_norms)
+    if torch.compiler.is_compiling():
+        return _form(*given)
     try:
         return _known_form(*given)
     except TypeError:  # one of them is of a wrong kind, or one that cannot be remembered
         return _form(*given)
+
+
+def method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error: Any) -> Method:
+    """How the gradient is to be taken."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
+    if step is not None:
+        if name not in ("directional", "auto"):
+            raise ValueError(f"step is of method='directional', got it with method={name!r}")
+        step = number("step", step, above=0)
+    if chunk_size is not None:
+        chunk_size = positive("chunk_size", chunk_size)
+    flag("allow_kinks", allow_kinks)
+    flag("return_error", return_error)
+    return Method(name, step, chunk_size, allow_kinks)
 
 
 def own_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> tuple[PenaltyForm, float | Tensor]:

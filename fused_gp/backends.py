@@ -6,17 +6,27 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch._C import _are_functorch_transforms_active
 
-from . import torch_ops
+from . import reference, torch_ops
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors are of type "cuda"
 
 
 def backend_for(backend: str, tensor: torch.Tensor) -> Any:
-    """The module with the five functions on rows: `fused_gp.torch_ops` or `fused_gp.kernels`.
+    """The module with the functions on rows: `fused_gp.torch_ops` or `fused_gp.kernels`.
 
-    "auto" is Triton on CUDA, ROCm and XPU tensors where Triton is installed, and plain torch elsewhere.
+    "auto" is Triton on CUDA, ROCm and XPU tensors where Triton is installed, and plain torch elsewhere. While
+    torch.compile traces, or a torch.func transform runs, it is `fused_gp.reference`: formulas in differentiable
+    operations, through which a transform sees, and which a compiler fuses by itself.
     """
+    if traced():
+        if backend not in ("auto", "torch"):
+            raise ValueError(
+                f"backend must be 'auto' or 'torch' under torch.compile and torch.func, where a compiler writes the "
+                f"kernels, got {backend!r}"
+            )
+        return reference
     if backend == "torch" or (backend == "auto" and tensor.is_cpu):
         return torch_ops
     if backend == "auto":
@@ -32,6 +42,11 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
             "the kernels on CPU tensors under Triton's interpreter, set TRITON_INTERPRET=1 before they are imported"
         )
     return kernels
+
+
+def traced() -> bool:
+    """Whether somebody else, a compiler or a transform, is to see every operation."""
+    return torch.compiler.is_compiling() or _are_functorch_transforms_active()
 
 
 @cache

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, reference
 from .backends import backend_for
 from .form import accumulation_type
-from .function import FusedFunction
 from .rows import from_rows, storage_order, to_rows, unit_stride
 
 
@@ -46,6 +45,8 @@ def interpolate(real: Any, fake: Any, alpha: Tensor | float, *, backend: str = "
 
 def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Tensor, ops: Any) -> list[Tensor]:
     """The op on checked arguments, tensor by tensor; alpha is (R, 1), one for each row of samples."""
+    if ops is reference:
+        return [reference.interpolate(real, fake, alpha) for real, fake in zip(reals, fakes, strict=True)]
     rows = alpha.shape[0]
     x_hats = []
     for real, fake in zip(reals, fakes, strict=True):
@@ -61,18 +62,15 @@ def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Te
     return x_hats
 
 
-class Interpolate(FusedFunction):
+class Interpolate(torch.autograd.Function):
     """Linear in (real, fake): its backward is the adjoint below, whose backward is this again, so every order is."""
 
     @staticmethod
-    def forward(real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
-        return ops.interpolate(real, fake, alpha)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        real, fake, alpha, ctx.ops = inputs
+    def forward(ctx: Any, real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
+        ctx.ops = ops
         # real and fake are needed for the gradient of alpha only, which hardly anybody asks for.
         ctx.save_for_backward(alpha, *((real, fake) if ctx.needs_input_grad[2] else ()))
+        return ops.interpolate(real, fake, alpha)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
@@ -86,18 +84,15 @@ class Interpolate(FusedFunction):
         return real_grad, fake_grad, alpha_grad, None
 
 
-class InterpolateAdjoint(FusedFunction):
+class InterpolateAdjoint(torch.autograd.Function):
     """cotangent -> ((1 - alpha) cotangent, alpha cotangent), each only where needed."""
 
     @staticmethod
-    def forward(cotangent: Tensor, alpha: Tensor, real_needed: bool, fake_needed: bool, ops: Any) -> Any:
-        return ops.interpolate_adjoint(unit_stride(cotangent), alpha, real_needed, fake_needed)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        cotangent, alpha, _, _, ctx.ops = inputs
+    def forward(ctx: Any, cotangent: Tensor, alpha: Tensor, real_needed: bool, fake_needed: bool, ops: Any) -> Any:
+        ctx.ops = ops
         ctx.save_for_backward(alpha, *((cotangent,) if ctx.needs_input_grad[1] else ()))
         ctx.set_materialize_grads(False)
+        return ops.interpolate_adjoint(unit_stride(cotangent), alpha, real_needed, fake_needed)
 
     @staticmethod
     def backward(ctx: Any, real_cotangent: Any, fake_cotangent: Any) -> Any:  # either may be None

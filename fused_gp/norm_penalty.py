@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, reference
 from .backends import backend_for
 from .form import PenaltyForm, accumulation_type
-from .function import FusedFunction
 from .rows import storage_order, to_rows, unit_stride
 
 
@@ -76,23 +75,26 @@ def gradient_norm_penalty(
 
 def penalise_rows(gradients: Sequence[Tensor], form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
     """The op on checked arguments: penalty and norms, one norm per row over all the tensors."""
+    if ops is reference:
+        return reference.gradient_norm_penalty(
+            gradients, target=form.target, one_sided=form.one_sided, squared=form.squared, eps=form.eps,
+            grad_scale=None if form.kappa is None else 1 / form.kappa, weight=form.scale,
+            reduction="sum" if form.reduce else "none", group_size=len(gradients[0]) // form.rows, return_norms=True,
+        )  # fmt: skip
     return NormPenalty.apply(form, ops, *[to_rows(g, storage_order(g), form.rows) for g in gradients])
 
 
-class NormPenalty(FusedFunction):
+class NormPenalty(torch.autograd.Function):
     """(R, N) gradients, one tensor or several -> penalty and norms, the norms without a derivative of their own."""
 
     @staticmethod
-    def forward(form: PenaltyForm, ops: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.penalty_forward(gradients, form)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.form, ctx.ops, *gradients = inputs
-        norms = output[1]
+    def forward(ctx: Any, form: PenaltyForm, ops: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.form, ctx.ops = form, ops
+        penalty, norms = ops.penalty_forward(gradients, form)
         ctx.mark_non_differentiable(norms)
         ctx.set_materialize_grads(False)  # nobody needs zeros for the norms
         ctx.save_for_backward(norms, *gradients)
+        return penalty, norms
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> Any:
@@ -106,17 +108,16 @@ class NormPenalty(FusedFunction):
         return None, None, *gradients_grads
 
 
-class NormPenaltyBackward(FusedFunction):
+class NormPenaltyBackward(torch.autograd.Function):
     """dg = a scale kappa^2 w g. `norms` is a function of `gradients`, and no input of its own."""
 
     @staticmethod
-    def forward(form: PenaltyForm, ops: Any, norms: Tensor, upstream: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, form: PenaltyForm, ops: Any, norms: Tensor, upstream: Tensor, *gradients: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.form, ctx.ops = form, ops
+        ctx.save_for_backward(norms, upstream, *gradients)
         return tuple(ops.penalty_backward(gradients, norms, upstream, form))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.form, ctx.ops, *tensors = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, methods, reference
 from .backends import backend_for
-from .batch_norm import warn_of_batch_norm
-from .input_gradient import cotangent, input_gradients, penalise_critic
+from .input_gradient import cotangent, input_gradients
 from .interpolation import interpolate_rows
+from .method import Method
 from .norm_penalty import penalise_rows
+from .question import Answer, Question
 
 
 def fused_gradient_penalty(
@@ -30,8 +31,13 @@ def fused_gradient_penalty(
     grad_scale: Any = None,
     critic_args: Sequence[Any] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
+    method: str = "double_backward",
+    step: float | None = None,
+    chunk_size: int | None = None,
+    allow_kinks: bool = False,
     backend: str = "auto",
     return_norms: bool = False,
+    return_error: bool = False,
 ) -> Any:
     r"""The gradient penalty of a critic between real and fake samples.
 
@@ -103,18 +109,23 @@ def fused_gradient_penalty(
         arguments.generator(generator, first.device)
         if alpha is not None:
             raise ValueError("generator draws alpha, so give one of the two, got both alpha and generator")
+    how = arguments.method(method, step, chunk_size, allow_kinks, return_error)
     ops = backend_for(backend, first)
-    warn_of_batch_norm(critic)
-
     if alpha is None:
         # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
         # everybody's torch.rand(B, 1, 1, 1), which draws the same numbers: a seed means the same here and there.
         column = torch.rand((form.rows, 1), generator=generator, device=first.device)
     else:
         column = arguments.alpha(alpha, form.rows, reals)
-    points = interpolate_rows(reals, fakes, column, ops)
-    penalty, norms = penalise_critic(critic, points, structure, critic_args, critic_kwargs, grad_scale, form, ops)
-    return (penalty, norms) if return_norms else penalty
+    question = Question(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
+    answer = methods.penalise(question, [*reals, *fakes, column], _between, how)
+    return answer.returned(return_norms, return_error)
+
+
+def _between(sources: Sequence[Tensor], ops: Any) -> list[Tensor]:
+    """Points on the lines from the first half of these to the second, by the last, alpha."""
+    half = len(sources) // 2
+    return interpolate_rows(sources[:half], sources[half:-1], sources[-1], ops)
 
 
 def dragan_penalty(
@@ -133,8 +144,13 @@ def dragan_penalty(
     grad_scale: Any = None,
     critic_args: Sequence[Any] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
+    method: str = "double_backward",
+    step: float | None = None,
+    chunk_size: int | None = None,
+    allow_kinks: bool = False,
     backend: str = "auto",
     return_norms: bool = False,
+    return_error: bool = False,
 ) -> Any:
     r"""The gradient penalty around the real samples (DRAGAN).
 
@@ -165,8 +181,9 @@ def dragan_penalty(
     return fused_gradient_penalty(
         critic, real, arguments.rebuilt(noisy, structure), alpha=alpha, generator=generator if alpha is None else None,
         target=target, one_sided=one_sided, eps=eps, weight=weight, reduction=reduction, group_size=group_size,
-        grad_scale=grad_scale, critic_args=critic_args, critic_kwargs=critic_kwargs, backend=backend,
-        return_norms=return_norms,
+        grad_scale=grad_scale, critic_args=critic_args, critic_kwargs=critic_kwargs, method=method, step=step,
+        chunk_size=chunk_size, allow_kinks=allow_kinks, backend=backend, return_norms=return_norms,
+        return_error=return_error,
     )  # fmt: skip
 
 
@@ -180,8 +197,13 @@ def r1_penalty(
     grad_scale: Any = None,
     critic_args: Sequence[Any] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
+    method: str = "double_backward",
+    step: float | None = None,
+    chunk_size: int | None = None,
+    allow_kinks: bool = False,
     backend: str = "auto",
     return_norms: bool = False,
+    return_error: bool = False,
 ) -> Any:
     r"""The squared norm of the critic's gradient at the real samples.
 
@@ -196,19 +218,12 @@ def r1_penalty(
 
     From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018.
     """
-    return _zero_centred(
-        critic,
-        "real",
-        real,
-        weight,
-        reduction,
-        group_size,
-        grad_scale,
-        critic_args,
-        critic_kwargs,
-        backend,
+    how = arguments.method(method, step, chunk_size, allow_kinks, return_error)
+    answer = _zero_centred(
+        critic, "real", real, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, how, backend,
         return_norms,
-    )
+    )  # fmt: skip
+    return answer.returned(return_norms, return_error)
 
 
 def r2_penalty(
@@ -221,8 +236,13 @@ def r2_penalty(
     grad_scale: Any = None,
     critic_args: Sequence[Any] = (),
     critic_kwargs: Mapping[str, Any] | None = None,
+    method: str = "double_backward",
+    step: float | None = None,
+    chunk_size: int | None = None,
+    allow_kinks: bool = False,
     backend: str = "auto",
     return_norms: bool = False,
+    return_error: bool = False,
 ) -> Any:
     r"""The squared norm of the critic's gradient at the fake samples: `r1_penalty`, with fake for real.
 
@@ -233,19 +253,12 @@ def r2_penalty(
     From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018; with R1: Huang et al., "The
     GAN is dead; long live the GAN! A Modern GAN Baseline", 2024.
     """
-    return _zero_centred(
-        critic,
-        "fake",
-        fake,
-        weight,
-        reduction,
-        group_size,
-        grad_scale,
-        critic_args,
-        critic_kwargs,
-        backend,
+    how = arguments.method(method, step, chunk_size, allow_kinks, return_error)
+    answer = _zero_centred(
+        critic, "fake", fake, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, how, backend,
         return_norms,
-    )
+    )  # fmt: skip
+    return answer.returned(return_norms, return_error)
 
 
 def _zero_centred(
@@ -258,9 +271,10 @@ def _zero_centred(
     grad_scale: Any,
     critic_args: Sequence[Any],
     critic_kwargs: Mapping[str, Any] | None,
+    how: Method,
     backend: str,
     return_norms: bool,
-) -> Any:
+) -> Answer:
     arguments.critic(critic, critic_args, critic_kwargs)
     samples, structure = arguments.samples(name, value)
     half = 0.5 * arguments.number("weight", weight)
@@ -268,13 +282,15 @@ def _zero_centred(
     if grad_scale is not None:
         form, grad_scale = arguments.own_scale(form, grad_scale, samples)
     ops = backend_for(backend, samples[0])
-    warn_of_batch_norm(critic)
-    # The critic gets tensors of our own: what else the caller computes from his has no part in the gradient.
-    points = []
-    for x in samples:
-        points.append(x.view_as(x) if x.requires_grad else x.clone() if x.is_inference() else x.detach())
-    penalty, norms = penalise_critic(critic, points, structure, critic_args, critic_kwargs, grad_scale, form, ops)
-    return (penalty, norms) if return_norms else penalty
+    question = Question(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
+    return methods.penalise(question, samples, _at, how)
+
+
+def _at(sources: Sequence[Tensor], ops: Any) -> list[Tensor]:
+    """The samples as tensors of our own: what else the caller computes from his has no part in the gradient."""
+    if ops is reference:  # torch.func, or a compiler, sees to that
+        return list(sources)
+    return [x.view_as(x) if x.requires_grad else x.clone() if x.is_inference() else x.detach() for x in sources]
 
 
 def input_gradient_penalty(
@@ -337,7 +353,8 @@ def input_gradient_penalty(
     if output_weights is not None:
         factors = arguments.output_weights(output_weights, outputs, outs, structure)
     cotangents = tuple([cotangent(out, grad_scale, factor) for out, factor in zip(outs, factors, strict=True)])
-    gradients = input_gradients(tuple(outs), cotangents, ins, torch.is_grad_enabled(), True)
+    found = input_gradients(tuple(outs), cotangents, ins, torch.is_grad_enabled(), True)
+    gradients = [g for g in found if g is not None]
     if not gradients:
         raise ValueError(
             "outputs must depend on inputs, got outputs that do not: did the critic run on a copy of them, or under "

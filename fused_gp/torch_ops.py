@@ -34,6 +34,14 @@ def interpolate_adjoint(
     return real_grad, fake_grad
 
 
+def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, N) rows and gradients, (R, 1) column in the accumulation type -> points + column gradients, and minus it."""
+    dtype = column.dtype
+    x, g = points.to(dtype), gradients.to(dtype)
+    plus, minus = torch.addcmul(x, g, column), torch.addcmul(x, g, column, value=-1)
+    return plus.to(points.dtype), minus.to(points.dtype)
+
+
 def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:
     """(R, N) rows of one tensor or several -> penalty, a scalar or (R,), and norms, (R,), in the accumulation type."""
     norms = _row_norms(gradients)
@@ -48,7 +56,7 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
 
 def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
     """Upstream, a scalar or (R,) -> the gradients of the penalty, (R, N) each."""
-    weight = _row_weight(norms, upstream, form)
+    weight = row_weight(norms, upstream, form)
     return [_scaled(g, weight) for g in gradients]
 
 
@@ -61,7 +69,7 @@ def penalty_double_backward(
     upstream_needed: bool,
 ) -> tuple[list[Tensor], Tensor | None]:
     """(R, N) cotangents of the backward -> gradients of its `gradients` and, where needed, of its `upstream`."""
-    weight = _row_weight(norms, upstream, form)
+    weight = row_weight(norms, upstream, form)
     if form.squared and not upstream_needed:
         return [_scaled(u, weight) for u in cotangents], None
     products = [torch.mul(g.to(norms.dtype), u) for g, u in zip(gradients, cotangents, strict=True)]
@@ -92,7 +100,7 @@ def penalty_double_backward(
     return grads, upstream_grad
 
 
-def _row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
+def row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
     """upstream * scale * kappa^2 * w(n), as a column, or as one number where all rows have the same."""
     factor = upstream * _number(2 * form.scale, norms)
     if form.kappa is not None:

@@ -1,9 +1,9 @@
-"""Triton device code and its launchers: five functions on (R, N) rows, which know no autograd.
+"""Triton device code and its launchers: six functions on (R, N) rows, which know no autograd.
 
-Importing this package imports Triton. `fused_gp.torch_ops` holds the same five functions in plain torch.
+Importing this package imports Triton. `fused_gp.torch_ops` holds the same six functions in plain torch.
 """
 
-from .interpolation import interpolate, interpolate_adjoint, interpolate_kernel
+from .interpolation import interpolate, interpolate_adjoint, interpolate_kernel, perturb
 from .launch import is_interpreted
 from .norm_penalty import penalty_backward, penalty_double_backward, penalty_forward
 
@@ -16,4 +16,5 @@ __all__ = [
     "penalty_backward",
     "penalty_double_backward",
     "penalty_forward",
+    "perturb",
 ]

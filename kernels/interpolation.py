@@ -1,4 +1,4 @@
-"""Interpolation between real and fake rows, and its adjoint. One launch each, every element moved once."""
+"""Interpolation between rows, its adjoint, and steps from rows to both sides: one launch, each element moved once."""
 
 import triton
 import triton.language as tl
@@ -43,6 +43,25 @@ def interpolate_adjoint_kernel(
         tl.store(fake_grad + out, a * c, mask=mask)
 
 
+@triton.jit
+def perturb_kernel(
+    points, gradients, column, plus, minus, rows, width, tiles, points_stride, gradients_stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    # plus_i = points_i + c_i gradients_i,  minus_i = points_i - c_i gradients_i, in the precision of c.
+    acc = column.dtype.element_ty
+    row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
+    mask = (row < rows)[:, None] & (col < width)[None, :]
+
+    c = tl.load(column + row, mask=row < rows, other=0.0)[:, None]
+    x = tl.load(points + row[:, None] * points_stride + col[None, :], mask=mask, other=0.0).to(acc)
+    g = tl.load(gradients + row[:, None] * gradients_stride + col[None, :], mask=mask, other=0.0).to(acc)
+    out = row[:, None] * width + col[None, :]
+    tl.store(plus + out, x + c * g, mask=mask)
+    tl.store(minus + out, x - c * g, mask=mask)
+
+
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """(R, N) rows with unit inner stride, (R, 1) alpha in the accumulation type -> new (R, N)."""
     rows, width = real.shape
@@ -71,3 +90,17 @@ def interpolate_adjoint(
         ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip
     return real_grad, fake_grad
+
+
+def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, N) rows and gradients, (R, 1) column in the accumulation type -> points + column gradients, and minus it."""
+    rows, width = points.shape
+    plus, minus = points.new_empty(rows, width), points.new_empty(rows, width)
+    tiling = tile(rows, width, points.element_size())
+    tiles = triton.cdiv(width, tiling.cols)
+    launch(
+        perturb_kernel, triton.cdiv(rows, tiling.rows) * tiles, points,
+        points, gradients, column, plus, minus, rows, width, tiles, points.stride(0), gradients.stride(0),
+        ROWS=tiling.rows, COLS=tiling.cols,
+    )  # fmt: skip
+    return plus, minus

@@ -1,0 +1,111 @@
+"""What autograd's graph says about a critic: where it has kinks, what cannot be differentiated twice, whom it reaches."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+# Operations whose derivative jumps: what stands before Backward and a number in the names of their nodes.
+KINKS = (
+    "Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid",
+    "Softshrink", "Hardshrink", "Abs", "Clamp", "ClampMin", "ClampMax", "Max", "Min", "Maximum", "Minimum", "Fmax",
+    "Fmin", "Amax", "Amin", "Aminmax", "Sort", "Topk", "Kthvalue", "Median", "Nanmedian", "Cummax", "Cummin",
+    "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "FractionalMaxPool2D",
+    "FractionalMaxPool3D", "Fmod", "Remainder",
+)  # fmt: skip
+
+# Nodes that stand for a whole compiled graph.
+COMPILED = "CompiledFunctionBackward"
+REENTRANT = "CheckpointFunctionBackward"
+
+# What autograd puts where a backward has no derivative.
+DEAD_ENDS = ("torch::autograd::NotImplemented", "torch::autograd::Error")
+
+_once = once_differentiable(lambda ctx, *grads: grads).__code__
+
+
+def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the graph behind these outputs."""
+    stack = [output.grad_fn for output in outputs]
+    seen = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack += [parent for parent, _ in node.next_functions]
+
+
+def nodes_between(scores: Tensor, points: Sequence[Tensor]) -> list[Any]:
+    """The nodes through which the scores depend on the points: a kink in the embedding of a label is none in x."""
+    children: dict[Any, list[Any]] = {}
+    for node in nodes([scores]):
+        for parent, _ in node.next_functions:
+            children.setdefault(parent, []).append(node)
+    between = []
+    seen = set()
+    stack = [get_gradient_edge(x).node for x in points]
+    while stack:
+        for child in children.get(stack.pop(), ()):
+            if child not in seen:
+                seen.add(child)
+                between.append(child)
+                stack.append(child)
+    return between
+
+
+def kink(between: Sequence[Any]) -> str | None:
+    """The name of an operation with a kink among these nodes."""
+    for node in between:
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        if name in KINKS:
+            return name
+        # SELU and ELU are one operation; smooth where both sides have one slope at zero.
+        if name == "Elu" and node._saved_alpha * node._saved_input_scale != 1:
+            return "Elu with two slopes at zero (SELU, or alpha other than 1)"
+    return None
+
+
+def obstacle(between: Sequence[Any]) -> tuple[str, str] | None:
+    """What among these nodes of the scores' graph cannot be differentiated twice, as far as they tell, and a remedy."""
+    for node in between:
+        if node.name() == REENTRANT:
+            return "reentrant checkpointing", "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        if node.name() == COMPILED:
+            return (
+                "a part that torch.compile compiled",
+                "method='compiled' with the critic as it was before, or, where it is smooth, method='directional'",
+            )
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and getattr(function.backward, "__code__", None) is _once:
+            return (
+                f"the autograd Function {function.__name__}, whose backward is once_differentiable",
+                "method='directional' where the critic is smooth",
+            )
+    return None
+
+
+def dead_end(gradients: Sequence[Tensor], points: Sequence[Tensor]) -> tuple[str, str] | None:
+    """What stops autograd in the graph of the input gradients, in its own words, by running into it; and a remedy."""
+    if not any(node.name() in DEAD_ENDS for node in nodes(gradients)):
+        return None
+    attached = [g for g in gradients if g.requires_grad]
+    leaves = [*points, *leaves_reached(attached)]
+    try:
+        torch.autograd.grad(attached, leaves, [torch.ones_like(g) for g in attached], True, allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:
+        words = str(error).splitlines()[0].rstrip(".")
+        remedy = "method='directional' where the critic is smooth"
+        if "attention" in words:
+            remedy += ", or attention that autograd sees: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        return f'an operation of which autograd says "{words}"', remedy
+    return None  # no gradient comes that way
+
+
+def leaves_reached(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves that a backward from these outputs gives a gradient."""
+    return [node.variable for node in nodes(outputs) if node.name() == "torch::autograd::AccumulateGrad"]

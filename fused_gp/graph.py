@@ -1,4 +1,4 @@
-"""What autograd's graph says about a critic: where it has kinks, what cannot be differentiated twice, whom it reaches."""
+"""What autograd's graph says of a critic: where it has kinks, what cannot be differentiated twice, whom it reaches."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

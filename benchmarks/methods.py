@@ -1,0 +1,250 @@
+"""Time, peak memory and accuracy of the methods and of chunks, against the hand-written lines under eager autograd.
+
+    python -m benchmarks.methods [--device cpu] [--rounds N] [--critic vit] [--json FILE]
+
+A step is the penalty and its gradient with respect to the weights. The peer is the lines that everybody copies
+(`snippet.py`), for the ViT with math attention, the only one they can be differentiated through. All take turns in one
+process, in another order each round; the ratio is taken round by round, above 1 ours is faster. Peak memory is that of
+one step in a process of its own, after two to warm up, above what the process held before: parameter gradients count.
+The gradient's error is relative to the hand-written lines in fp64.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import memory, snippet, timing
+from fused_gp import fused_gradient_penalty
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.before(x)).chunk(3, dim=-1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+class ViT(nn.Module):
+    """64 x 64 images in patches of 4 x 4."""
+
+    def __init__(self, width: int = 256, depth: int = 4, heads: int = 16) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.places = nn.Parameter(0.02 * torch.randn(256, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patches(x).flatten(2).transpose(1, 2) + self.places).mean(1))
+
+
+def conv(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    widths = (3, 64, 128, 256, 512)
+    layers: list[nn.Module] = []
+    for width, wider in itertools.pairwise(widths):
+        layers += [nn.Conv2d(width, wider, 4, 2, 1), activation()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 16, 1))
+
+
+class Critic(NamedTuple):
+    build: Callable[[], nn.Module]
+    batch: int
+    options: tuple[dict[str, Any], ...]  # of our call
+
+
+def chunked(*sizes: int, **options: Any) -> list[dict[str, Any]]:
+    return [options | {"chunk_size": size} for size in sizes]
+
+
+CRITICS = {
+    "vit": Critic(
+        ViT,
+        8,
+        (
+            {},
+            *chunked(4, 2, 1),
+            {"method": "compiled"},
+            *chunked(2, method="compiled"),
+            {"method": "directional"},
+            *chunked(8, 4, 2, 1, method="directional"),
+        ),
+    ),
+    "conv, LeakyReLU": Critic(lambda: conv(lambda: nn.LeakyReLU(0.2)), 64, ({}, *chunked(16), {"method": "compiled"})),
+    "conv, SiLU": Critic(lambda: conv(nn.SiLU), 64, ({"method": "directional"}, *chunked(16, method="directional"))),
+}
+GROWTH = [(options, batch) for options in ({"chunk_size": 2}, {}) for batch in (8, 16, 32)]
+PEER = "the lines by hand"
+
+
+def label(options: dict[str, Any] | None) -> str:
+    if options is None:
+        return PEER
+    chunk = options.get("chunk_size")
+    return options.get("method", "double_backward") + (f", chunks of {chunk}" if chunk else "")
+
+
+class Step:
+    """The penalty's gradient with respect to the weights, at samples of one seed and with alphas of one seed."""
+
+    def __init__(self, critic: str, batch: int, device: str, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.critic = CRITICS[critic].build().to(device, dtype)
+        self.real, self.fake = (torch.randn(batch, 3, 64, 64).to(device, dtype) for _ in range(2))
+        self.alpha = torch.rand(batch).to(device)
+        self.device = device
+
+    def __call__(self, options: dict[str, Any] | None, autocast: torch.dtype | None = None) -> None:
+        self.critic.zero_grad()
+        twice = options is None or options.get("method", "double_backward") == "double_backward"
+        with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+            with torch.autocast(self.device, autocast) if autocast else nullcontext():
+                if options is None:
+                    alpha = self.alpha.to(self.real.dtype).view(-1, 1, 1, 1)
+                    value = snippet.penalty_at(self.critic, snippet.interpolate(self.real, self.fake, alpha))
+                else:
+                    value = fused_gradient_penalty(self.critic, self.real, self.fake, alpha=self.alpha, **options)
+            value.backward()
+
+    def gradient(self) -> Tensor:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.critic.parameters()]
+        return torch.cat([g.double().flatten() for g in grads])
+
+
+def peak(critic: str, batch: int, options: dict[str, Any] | None, device: str) -> float:
+    """MB, of one step in a process of its own."""
+    call = json.dumps({"critic": critic, "batch": batch, "options": options, "device": device})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.methods", "--peak-of", call],
+        env=os.environ | memory.ENVIRONMENT, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def peak_here(call: dict[str, Any]) -> float:
+    step = Step(call["critic"], call["batch"], call["device"])
+    for _ in range(2):
+        step(call["options"])
+    step.critic.zero_grad()
+    return memory.peak(lambda: step(call["options"]), call["device"]) / 1e6
+
+
+def errors(critic: str, device: str, options: dict[str, Any] | None, truth: Tensor) -> dict[str, float]:
+    """Relative to fp64: in fp32, and under bf16 autocast."""
+    step = Step(critic, CRITICS[critic].batch, device)
+    found = {}
+    for name, autocast in (("error", None), ("bf16_error", torch.bfloat16)):
+        step(options, autocast)
+        found[name] = ((step.gradient() - truth).norm() / truth.norm()).item()
+    return found
+
+
+def truth_of(critic: str, device: str) -> Tensor:
+    step = Step(critic, CRITICS[critic].batch, device)
+    exact = copy.copy(step)
+    exact.critic, exact.real, exact.fake, exact.alpha = (
+        copy.deepcopy(step.critic).double(), step.real.double(), step.fake.double(), step.alpha.double()
+    )  # fmt: skip
+    exact(None)
+    return exact.gradient()
+
+
+def measure(critic: str, device: str, rounds: int) -> list[dict[str, Any]]:
+    contestants: dict[str, dict[str, Any] | None] = {PEER: None}
+    contestants |= {label(options): options for options in CRITICS[critic].options}
+    truth = truth_of(critic, device)
+    rows = {name: errors(critic, device, options, truth) for name, options in contestants.items()}  # and warms up
+    batch = CRITICS[critic].batch
+    step = Step(critic, batch, device)
+    for options in contestants.values():
+        step(options)
+    names = list(contestants)
+    order = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in track(range(rounds), f"timing {critic}", transient=True):
+        order.shuffle(names)
+        for name in names:
+            times[name].append(timing.seconds(partial(step, contestants[name]), device))
+    peaks = {
+        name: peak(critic, batch, options, device)
+        for name, options in track(list(contestants.items()), "memory", transient=True)
+    }
+    return [
+        {
+            "critic": critic, "batch": batch, "method": name, "rounds": rounds,
+            "ms": 1e3 * statistics.median(times[name]), **timing.ratio(times[PEER], times[name]),
+            "peak_mb": peaks[name], "peak_share": peaks[name] / peaks[PEER], **rows[name],
+        }
+        for name in contestants
+    ]  # fmt: skip
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--critic", choices=CRITICS, help="one of them")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    parser.add_argument("--peak-of", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak_of:
+        print(peak_here(options.peak_of))
+        return
+
+    results = []
+    for critic in [options.critic] if options.critic else CRITICS:
+        results += measure(critic, options.device, options.rounds)
+    growth: list[dict[str, Any]] = [
+        {"critic": "vit", "method": label(given), "batch": batch, "peak_mb": peak("vit", batch, given, options.device)}
+        for given, batch in track(GROWTH, "memory against batch", transient=True)
+    ]
+
+    threads = torch.get_num_threads()
+    title = f"a penalty step, fp32 on {options.device}, torch {torch.__version__}, {threads} threads"
+    headings = ("critic", "method", "ms", "by hand / ours", "quartiles", "peak MB", "of by hand", "error", "bf16 error")
+    table = Table(*headings, title=title)
+    for row in results:
+        spread = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
+        table.add_row(
+            row["critic"], row["method"], f"{row['ms']:.0f}", f"{row['ratio']:.2f}", spread, f"{row['peak_mb']:.0f}",
+            f"1/{1 / row['peak_share']:.1f}", f"{row['error']:.1e}", f"{row['bf16_error']:.1e}",
+        )  # fmt: skip
+    Console().print(table)
+    table = Table("ViT, method", "batch", "peak MB", title="memory against batch")
+    for row in growth:
+        table.add_row(row["method"], str(row["batch"]), f"{row['peak_mb']:.0f}")
+    Console().print(table)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"title": title, "results": results, "growth": growth}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ added up, and its graph freed. The backward then multiplies. Exact where the met
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import compress
 from typing import Any
 
@@ -33,10 +34,15 @@ class Batch:
         self.rows = question.form.rows
         others, self.tree = tree_flatten((question.args, question.kwargs))
         lengths = (self.rows, len(sources[0]))
-        self.others = others
         self.is_cut = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] in lengths for t in others]
         self.cut = [*sources, *compress(others, self.is_cut)]
-        self.shared = [t for t, cut in zip(others, self.is_cut, strict=True) if not cut and isinstance(t, Tensor)]
+        # Those without the batch in front that want a gradient. What they come from is none of the chunks' business.
+        attached = [
+            isinstance(t, Tensor) and t.requires_grad and not cut for t, cut in zip(others, self.is_cut, strict=True)
+        ]
+        self.shared = list(compress(others, attached))
+        self.others = [t.detach().requires_grad_() if own else t for t, own in zip(others, attached, strict=True)]
+        self.shared_leaves = list(compress(self.others, attached))
 
     def parts(self, chunk_size: int) -> Iterator[tuple[Question, list[Tensor], list[Tensor]]]:
         """One after the other, so that each can be forgotten before the next is made."""
@@ -74,9 +80,10 @@ def penalise(
     form, batch = question.form, Batch(question, sources, points_of)
     if not form.reduce:
         raise ValueError("reduction must be 'mean' or 'sum' with chunk_size, which needs one number, got 'none'")
-    whole = [t for t in (*critic.parameters(), *batch.shared) if t.requires_grad]
-    if not findings.separate:
-        _check_separate(batch, whole)
+    parameters = [p for p in critic.parameters() if p.requires_grad]
+    whole = [*parameters, *batch.shared_leaves]
+    if batch.rows > 1 and not findings.separate:
+        _check_separate(batch, whole, findings)
         findings.separate = True
 
     # Scores are scaled in the chunks' backward too: an fp16 critic's small gradients would vanish in it.
@@ -84,9 +91,12 @@ def penalise(
     answers: list[Answer] = []
     sums: list[Tensor | None] = [None] * len(whole)
     pieces_grads: list[list[Tensor | None]] = []
+    evaluations = Evaluations(findings, sources[0].device)
     for part, points, pieces in batch.parts(chunk_size):
         wanted = [*whole, *[piece for piece in pieces if piece.requires_grad]]
-        answer, found = differentiate(part, points, wanted, upstream)
+        # One call is one step of a spectral norm's power iteration, however many chunks it takes.
+        with evaluations.buffers_as_before() if answers else nullcontext():
+            answer, found = differentiate(part, points, wanted, upstream)
         answers.append(answer._replace(penalty=answer.penalty.detach()))
         # Not in place: autograd may have given one tensor to two parameters.
         for index, gradient in enumerate(found[: len(whole)]):
@@ -100,7 +110,7 @@ def penalise(
         ])  # fmt: skip
     whole_answer = _joined(answers, form.reduce)
 
-    attached = [*whole, *[t for t in batch.cut if t.requires_grad]]
+    attached = [*parameters, *batch.shared, *[t for t in batch.cut if t.requires_grad]]
     known = [*sums, *[torch.cat(grads) for grads in zip(*pieces_grads, strict=True)]]
     gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(attached, known, strict=True)]
     if form.kappa is not None:
@@ -118,8 +128,11 @@ def value(
     findings: Findings,
 ) -> Answer:
     """Without gradients."""
-    parts = Batch(question, sources, points_of).parts(chunk_size)
-    answers = [double_backward.penalise(part, points, findings, create_graph=False) for part, points, _ in parts]
+    evaluations = Evaluations(findings, sources[0].device)
+    answers: list[Answer] = []
+    for part, points, _ in Batch(question, sources, points_of).parts(chunk_size):
+        with evaluations.buffers_as_before() if answers else nullcontext():
+            answers.append(double_backward.penalise(part, points, findings, create_graph=False))
     return _joined(answers, question.form.reduce)
 
 
@@ -161,12 +174,11 @@ def _with_known_parameters(question: Question, findings: Findings) -> Module:
     return question.critic
 
 
-def _check_separate(batch: Batch, whole: Sequence[Tensor]) -> None:
+def _check_separate(batch: Batch, whole: Sequence[Tensor], findings: Findings) -> None:
     """Once per critic: its samples do not see one another, and every parameter it reaches is known."""
-    rows = min(2, batch.rows)
-    question, points, pieces = batch.part(0, rows)
+    question, points, pieces = batch.part(0, 2)
     leaves = [x.detach().requires_grad_() for x in points]
-    evaluations = Evaluations(question.critic, leaves[0].device)
+    evaluations = Evaluations(findings, leaves[0].device)
     with torch.enable_grad():
         scores = evaluations.again(question).scores(leaves)
     evaluations.rewind()
@@ -177,13 +189,13 @@ def _check_separate(batch: Batch, whole: Sequence[Tensor]) -> None:
                 f"critic must reach no parameters but its own with chunk_size, got one that reaches another, of shape "
                 f"{tuple(leaf.shape)}: make it a part of the critic, or hand it in critic_args"
             )
-    if scores.numel() % rows:
+    if scores.numel() % 2:
         raise ValueError(
-            f"critic must return as many scores for each sample with chunk_size, got {tuple(scores.shape)} for {rows}"
+            f"critic must return as many scores for each sample with chunk_size, got {tuple(scores.shape)} for 2"
         )
-    first = scores.reshape(rows, -1)[0]
+    first = scores.reshape(2, -1)[0]
     for gradient in input_gradients((first,), (torch.ones_like(first),), leaves, False, False):
-        if gradient is not None and gradient.reshape(rows, -1)[1:].any():
+        if gradient is not None and gradient.reshape(2, -1)[1].any():
             raise ValueError(
                 "critic must judge each sample by itself with chunk_size, got one whose first score depends on the "
                 "second sample (batch normalisation, minibatch statistics, or scores that do not lie sample by sample)"

@@ -39,7 +39,7 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
     key = (plain, group, question.structure, tuple((x.shape[1:], x.dtype) for x in points))
     kept = findings.compiled.get(key)
     if kept is None:
-        _check_dependence(question, points)
+        _check_dependence(question, points, findings)
         kept = findings.compiled[key] = Kept(batch)
     args, kwargs = question.args, question.kwargs
     if batch == kept.batch:
@@ -90,11 +90,11 @@ def _of_any_batch(tensor: Tensor, batch: int) -> Tensor:
     return tensor
 
 
-def _check_dependence(question: Question, points: Sequence[Tensor]) -> None:
+def _check_dependence(question: Question, points: Sequence[Tensor], findings: Findings) -> None:
     """A compiled function cannot tell zero from nothing, so look at the critic's own graph once."""
-    evaluations = Evaluations(question.critic, points[0].device)
+    evaluations = Evaluations(findings, points[0].device)
     leaves = [x.detach().requires_grad_() for x in points]
     with torch.enable_grad():
-        if not graph.nodes_between(evaluations.again(question).scores(leaves), leaves):
+        if not graph.nodes_between([evaluations.again(question).scores(leaves)], leaves):
             raise unrelated()
     evaluations.rewind()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import graph, torch_ops
 from .evaluations import Evaluations
-from .findings import Findings
+from .findings import Findings, Run
 from .form import PenaltyForm
 from .input_gradient import cotangent, input_gradients
 from .question import Answer, Question, unrelated
@@ -47,7 +47,7 @@ def penalise(
     question: Question, points: Sequence[Tensor], findings: Findings, step: float | None, allow_kinks: bool
 ) -> Answer:
     """Run the critic three times; the gradient reaches its parameters, and the points where they are attached."""
-    evaluations = Evaluations(question.critic, points[0].device)
+    evaluations = Evaluations(findings, points[0].device)
     penalty, norms, difference = _direction(question, points, findings, evaluations, step, allow_kinks)
     dtype = norms.dtype
     again = evaluations.again(question)
@@ -68,7 +68,7 @@ def differentiate(
 ) -> tuple[Answer, list[Tensor | None]]:
     """The penalty, and upstream times its gradient with respect to leaves: one end after the other, so that only one
     graph is alive at a time."""
-    evaluations = Evaluations(question.critic, points[0].device)
+    evaluations = Evaluations(findings, points[0].device)
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in points]
     penalty, norms, difference = _direction(question, leaves, findings, evaluations, step, allow_kinks)
     wanted = [*inputs, *[x for x in leaves if x.requires_grad]]
@@ -111,11 +111,19 @@ def _direction(
     form = question.form
     leaves = [x.detach().requires_grad_() for x in points]
     scores = question.scores(leaves)
-    if not findings.smooth:
-        _look_for_kinks(question, leaves, scores, evaluations, allow_kinks)
-        findings.smooth = not allow_kinks
+    device = scores.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if autocast not in findings.runs:
+        findings.runs[autocast] = _look(question, leaves, scores, evaluations)
+    kink, spacing = findings.runs[autocast]
+    if kink and not allow_kinks:
+        raise Kinked(
+            f"method='directional' needs a smooth critic, and found {kink}: a difference across its kink is off by "
+            "half at any step. Use method='double_backward', or a smooth activation such as SiLU; allow_kinks=True "
+            "insists."
+        )
     if step is None:
-        step = SHARE * max(SPACING[dtype] for dtype in _computed_in(points, scores)) ** (1 / 3)
+        step = SHARE * spacing ** (1 / 3)
     gradients = input_gradients((scores,), (cotangent(scores, question.grad_scale),), leaves, False, False)
     if all(g is None for g in gradients):
         raise unrelated()
@@ -215,27 +223,15 @@ def _error(measured: Tensor, terms: Tensor) -> Tensor:
     return (measured.sum() - terms.sum()).abs() / torch.where(total == 0, 1.0, total)
 
 
-def _computed_in(points: Sequence[Tensor], scores: Tensor) -> list[torch.dtype]:
-    """The types that numbers have on their way through the critic, as far as one can see from outside."""
-    device = scores.device.type
-    autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
-    return [scores.dtype, *[x.dtype for x in points], *autocast]
-
-
-def _look_for_kinks(
-    question: Question, leaves: Sequence[Tensor], scores: Tensor, evaluations: Evaluations, allowed: bool
-) -> None:
-    between = graph.nodes_between(scores, leaves)
+def _look(question: Question, leaves: Sequence[Tensor], scores: Tensor, evaluations: Evaluations) -> Run:
+    """How the critic computes: once, not at each step."""
+    between = graph.nodes_between([scores], leaves)
     if any(node.name() == graph.REENTRANT for node in between):
         culprit, remedy = graph.obstacle(between) or ("", "")
         raise ValueError(f"critic must let its input gradient be taken, and has {culprit}. Use {remedy}.")
-    if not allowed and any(node.name() == graph.COMPILED for node in between):
+    if any(node.name() == graph.COMPILED for node in between):
         # A compiled part is one node. What is in it shows when it runs as it was before.
         with torch.compiler.set_stance("force_eager"):
-            between = graph.nodes_between(evaluations.again(question).scores(leaves), leaves)
-    if not allowed and (found := graph.kink(between)):
-        raise Kinked(
-            f"method='directional' needs a smooth critic, and found {found}: a difference across its kink is off by "
-            "half at any step. Use method='double_backward', or a smooth activation such as SiLU; allow_kinks=True "
-            "insists."
-        )
+            between = graph.nodes_between([evaluations.again(question).scores(leaves)], leaves)
+    spacings = [SPACING[dtype] for dtype in graph.types(between) if dtype in SPACING]
+    return Run(graph.kink(between), max(spacings, default=SPACING[scores.dtype]))

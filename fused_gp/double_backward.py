@@ -23,18 +23,30 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings, c
         if not x.requires_grad:
             x.requires_grad_()
     scores = question.scores(points)
-    unproven = create_graph and not findings.twice
-    if unproven and (found := graph.obstacle(graph.nodes_between(scores, points))):
-        raise OnlyOnce(_message(*found))
     ones = cotangent(scores, question.grad_scale)
-    gradients = [g for g in input_gradients((scores,), (ones,), points, create_graph, create_graph) if g is not None]
+    if create_graph:
+        found = twice_differentiable((scores,), (ones,), points, findings)
+    else:
+        found = input_gradients((scores,), (ones,), points, False, False)
+    gradients = [g for g in found if g is not None]
     if not gradients:
         raise unrelated()
+    return Answer(*penalise_rows(gradients, question.form, question.ops))
+
+
+def twice_differentiable(
+    outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], points: Sequence[Tensor], findings: Findings
+) -> list[Tensor | None]:
+    """The input gradients with a graph of their own, which is looked at once to see that it leads to the weights."""
+    unproven = not findings.twice
+    if unproven and (found := graph.obstacle(graph.nodes_between(outputs, points))):
+        raise OnlyOnce(_message(*found))
+    gradients = input_gradients(outputs, cotangents, points, True, True)
     if unproven:
         if found := graph.dead_end(gradients, points):
             raise OnlyOnce(_message(*found))
         findings.twice = True
-    return Answer(*penalise_rows(gradients, question.form, question.ops))
+    return gradients
 
 
 def _message(culprit: str, remedy: str) -> str:

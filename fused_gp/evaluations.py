@@ -1,11 +1,12 @@
 """Running a critic several times as if it were once: from one state of the random generators and of its buffers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
 
+from .findings import Findings
 from .question import Question
 
 
@@ -16,17 +17,34 @@ class Evaluations:
     difference neither may change: the change would be divided by a small step.
     """
 
-    def __init__(self, critic: Any, device: torch.device) -> None:
+    def __init__(self, findings: Findings, device: torch.device) -> None:
         self.generators: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
         self.states = [generator.get_rng_state() for generator in self.generators]
-        self.buffers: dict[str, Tensor] = {}
-        if isinstance(critic, torch.nn.Module) and critic.training:
-            self.buffers = {name: buffer.clone() for name, buffer in critic.named_buffers()}
+        # Outside training nothing is written to them.
+        parts = [part for module in findings.alive() for part in module.modules() if part.training]
+        self.buffers = [
+            (part._buffers, name, buffer.clone())
+            for part in parts
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
 
     def rewind(self) -> None:
-        """As if the critic had not run."""
+        """The generators, as if the critic had not run."""
         for generator, state in zip(self.generators, self.states, strict=True):
             generator.set_rng_state(state)
+
+    @contextmanager
+    def buffers_as_before(self) -> Iterator[None]:
+        """Inside, the critic has copies of its buffers as they were; what it writes to these is forgotten."""
+        now = [owner[name] for owner, name, _ in self.buffers]
+        for owner, name, before in self.buffers:
+            owner[name] = before.clone()
+        try:
+            yield
+        finally:
+            for (owner, name, _), buffer in zip(self.buffers, now, strict=True):
+                owner[name] = buffer
 
     def again(self, question: Question) -> Question:
         """The same question of a critic that runs from that state each time, and leaves its own buffers as they are."""
@@ -34,9 +52,7 @@ class Evaluations:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.rewind()
-            if not self.buffers:
+            with self.buffers_as_before():
                 return critic(*args, **kwargs)
-            buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-            return functional_call(critic, buffers, args, kwargs)  # type: ignore[arg-type]
 
         return question._replace(critic=run)

@@ -4,13 +4,14 @@ import contextlib
 import functools
 import sys
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Findings:
@@ -25,18 +26,29 @@ class Findings:
         self.replicated = any(isinstance(part, DistributedDataParallel) for _, part in parts)
         self.chosen: str | None = None  # what "auto" chose
         self.twice = False  # its graph can be differentiated twice
-        self.smooth = False  # no operation with a kink was found in it
+        self.runs: dict[torch.dtype | None, Run] = {}  # what one run showed, by the type of autocast
         self.separate = False  # its samples do not see one another, and its parameters are all known
         self.unreached: list[ReferenceType[torch.Tensor]] | None = None  # parameters the penalty has no gradient for
         self.compiled: dict[Any, Any] = {}
 
+    def alive(self) -> list[Module]:
+        return [module for module in (found() for found in self.modules) if module is not None]
+
     def parameters(self) -> list[torch.Tensor]:
-        modules = [module for module in (found() for found in self.modules) if module is not None]
-        return [p for module in modules for p in module.parameters()]
+        return [p for module in self.alive() for p in module.parameters()]
+
+
+class Run(NamedTuple):
+    """What the graph of one run of the critic shows of how it computes."""
+
+    kink: str | None  # an operation whose derivative jumps
+    spacing: float  # between 1 and the next number of the coarsest type on the way
 
 
 # By the critic, or by the first module that it calls; then by how it is called.
 _known: WeakKeyDictionary[Any, dict[Any, Findings]] = WeakKeyDictionary()
+# Of critics that nobody has named: by a parameter of theirs.
+_known_by_parameter: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def findings_of(critic: Any) -> Findings:
@@ -56,6 +68,11 @@ def findings_of(critic: Any) -> Findings:
     if key not in found:
         found[key] = Findings(modules)
     return found[key]
+
+
+def findings_by(parameter: torch.Tensor) -> Findings:
+    """About the critic that has this parameter, where the critic itself is not at hand."""
+    return _known_by_parameter.setdefault(parameter, Findings([]))
 
 
 def _joined(*names: str) -> str:

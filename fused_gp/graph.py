@@ -1,5 +1,6 @@
 """What autograd's graph says of a critic: where it has kinks, what cannot be differentiated twice, whom it reaches."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ KINKS = (
     "Softshrink", "Hardshrink", "Abs", "Clamp", "ClampMin", "ClampMax", "Max", "Min", "Maximum", "Minimum", "Fmax",
     "Fmin", "Amax", "Amin", "Aminmax", "Sort", "Topk", "Kthvalue", "Median", "Nanmedian", "Cummax", "Cummin",
     "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "FractionalMaxPool2D",
-    "FractionalMaxPool3D", "Fmod", "Remainder",
+    "FractionalMaxPool3D", "Fmod", "Remainder", "Floor", "Ceil", "Round", "Trunc", "Frac", "Sign", "Sgn",
 )  # fmt: skip
 
 # Nodes that stand for a whole compiled graph.
@@ -40,10 +41,10 @@ def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
         stack += [parent for parent, _ in node.next_functions]
 
 
-def nodes_between(scores: Tensor, points: Sequence[Tensor]) -> list[Any]:
-    """The nodes through which the scores depend on the points: a kink in the embedding of a label is none in x."""
+def nodes_between(outputs: Iterable[Tensor], points: Sequence[Tensor]) -> list[Any]:
+    """The nodes through which outputs depend on the points: a kink in the embedding of a label is none in x."""
     children: dict[Any, list[Any]] = {}
-    for node in nodes([scores]):
+    for node in nodes(outputs):
         for parent, _ in node.next_functions:
             children.setdefault(parent, []).append(node)
     between = []
@@ -67,7 +68,14 @@ def kink(between: Sequence[Any]) -> str | None:
         # SELU and ELU are one operation; smooth where both sides have one slope at zero.
         if name == "Elu" and node._saved_alpha * node._saved_input_scale != 1:
             return "Elu with two slopes at zero (SELU, or alpha other than 1)"
+        if name == "LinalgVectorNorm" and node._saved_ord in (0, 1, math.inf, -math.inf):
+            return f"LinalgVectorNorm of order {node._saved_ord:g}"
     return None
+
+
+def types(between: Sequence[Any]) -> set[torch.dtype]:
+    """The types that numbers have on their way through these nodes."""
+    return {output.dtype for node in between for output in node._input_metadata if output is not None}
 
 
 def obstacle(between: Sequence[Any]) -> tuple[str, str] | None:
@@ -89,11 +97,11 @@ def obstacle(between: Sequence[Any]) -> tuple[str, str] | None:
     return None
 
 
-def dead_end(gradients: Sequence[Tensor], points: Sequence[Tensor]) -> tuple[str, str] | None:
+def dead_end(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> tuple[str, str] | None:
     """What stops autograd in the graph of the input gradients, in its own words, by running into it; and a remedy."""
-    if not any(node.name() in DEAD_ENDS for node in nodes(gradients)):
+    attached = [g for g in gradients if g is not None and g.requires_grad]
+    if not any(node.name() in DEAD_ENDS for node in nodes(attached)):
         return None
-    attached = [g for g in gradients if g.requires_grad]
     leaves = [*points, *leaves_reached(attached)]
     try:
         torch.autograd.grad(attached, leaves, [torch.ones_like(g) for g in attached], True, allow_unused=True)
@@ -106,6 +114,6 @@ def dead_end(gradients: Sequence[Tensor], points: Sequence[Tensor]) -> tuple[str
     return None  # no gradient comes that way
 
 
-def leaves_reached(outputs: Iterable[Tensor]) -> list[Tensor]:
+def leaves_reached(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
     """The leaves that a backward from these outputs gives a gradient."""
-    return [node.variable for node in nodes(outputs) if node.name() == "torch::autograd::AccumulateGrad"]
+    return (node.variable for node in nodes(outputs) if node.name() == "torch::autograd::AccumulateGrad")

@@ -61,7 +61,7 @@ def _name(question: Question, points: list[Tensor], findings: Findings, method: 
     if method.name != "auto":
         return method.name
     if findings.chosen is None:
-        evaluations = Evaluations(question.critic, points[0].device)
+        evaluations = Evaluations(findings, points[0].device)
         leaves = [x.detach().requires_grad_() for x in points]
         try:
             double_backward.penalise(evaluations.again(question), leaves, findings, create_graph=True)

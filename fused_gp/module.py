@@ -37,7 +37,8 @@ class GradientPenalty(torch.nn.Module):
         options: keyword arguments of the penalty.
 
     `forward` takes what the penalty takes (critic, real, fake), and further options for that call. It returns what the
-    penalty returns; a skipped call returns a scalar zero in fp32, and with `return_norms` the pair of it and None.
+    penalty returns; a skipped call returns a scalar zero in fp32, and None
+    for the norms and the error where these are asked for.
 
     Raises:
         TypeError: penalty is not callable or does not know an option, every is not an int, compensate not a bool.
@@ -89,7 +90,8 @@ class GradientPenalty(torch.nn.Module):
         """Zero on the device of the samples, which can be added to a loss or be one."""
         device = next((t.device for t in tree_leaves((inputs, options)) if isinstance(t, torch.Tensor)), None)
         zero = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
-        return (zero, None) if options.get("return_norms") else zero
+        others = [None for name in ("return_norms", "return_error") if options.get(name)]
+        return (zero, *others) if others else zero
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": self.calls}

@@ -82,9 +82,12 @@ def penalise(
         raise ValueError("reduction must be 'mean' or 'sum' with chunk_size, which needs one number, got 'none'")
     parameters = [p for p in critic.parameters() if p.requires_grad]
     whole = [*parameters, *batch.shared_leaves]
-    if batch.rows > 1 and not findings.separate:
+    attached = [*parameters, *batch.shared, *[t for t in batch.cut if t.requires_grad]]
+    if not attached:
+        return value(question, sources, points_of, chunk_size, findings)
+    if batch.rows > 1 and critic.training not in findings.separate:
         _check_separate(batch, whole, findings)
-        findings.separate = True
+        findings.separate.add(critic.training)
 
     # Scores are scaled in the chunks' backward too: an fp16 critic's small gradients would vanish in it.
     upstream = 1.0 if question.grad_scale is None else question.grad_scale
@@ -110,13 +113,10 @@ def penalise(
         ])  # fmt: skip
     whole_answer = _joined(answers, form.reduce)
 
-    attached = [*parameters, *batch.shared, *[t for t in batch.cut if t.requires_grad]]
     known = [*sums, *[torch.cat(grads) for grads in zip(*pieces_grads, strict=True)]]
     gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(attached, known, strict=True)]
     if form.kappa is not None:
         gradients = [g * form.kappa for g in gradients]
-    if not attached:
-        return whole_answer
     return whole_answer._replace(penalty=Known.apply(whole_answer.penalty, gradients, *attached))
 
 
@@ -175,7 +175,7 @@ def _with_known_parameters(question: Question, findings: Findings) -> Module:
 
 
 def _check_separate(batch: Batch, whole: Sequence[Tensor], findings: Findings) -> None:
-    """Once per critic: its samples do not see one another, and every parameter it reaches is known."""
+    """Once per critic and mode: its samples do not see one another, and every parameter it reaches is known."""
     question, points, pieces = batch.part(0, 2)
     leaves = [x.detach().requires_grad_() for x in points]
     evaluations = Evaluations(findings, leaves[0].device)
@@ -189,6 +189,7 @@ def _check_separate(batch: Batch, whole: Sequence[Tensor], findings: Findings) -
                 f"critic must reach no parameters but its own with chunk_size, got one that reaches another, of shape "
                 f"{tuple(leaf.shape)}: make it a part of the critic, or hand it in critic_args"
             )
+    graph.refuse_reentrant(graph.nodes_between([scores], leaves))
     if scores.numel() % 2:
         raise ValueError(
             f"critic must return as many scores for each sample with chunk_size, got {tuple(scores.shape)} for 2"

@@ -9,7 +9,9 @@ off by O(h^2). The direction is one for all samples, so this is right for critic
 value of the penalty is exact; its gradient alone is that of the difference.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +23,14 @@ from .findings import Findings, Run
 from .form import PenaltyForm
 from .input_gradient import cotangent, input_gradients
 from .question import Answer, Question, unrelated
-from .rows import from_rows, storage_order, to_rows
+from .rows import Order, from_rows, storage_order, to_rows
 
-# The step, as a fraction of the mean norm of a sample: truncation, ~h^2, and rounding, ~spacing / h, are in balance
-# at the cube root of the spacing of the type that the critic computes in. A third of it was best on a small ViT: in
-# fp32 the error was 1.1e-4 at 1, 1.8e-5 at 1/4 and 7e-5 at 0.06.
-SHARE = 1 / 3
+# Truncation grows as h^2, rounding as spacing / h: the best step is a multiple of the cube root of the spacing of the
+# type that the critic computes in. Which multiple, the critic decides: the best one was 1/8 for the ViT of the
+# benchmarks and 2 for its conv net, and at 1/8 the conv net is off by ten times as much. So it is found by trial.
 SPACING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
+LADDER = [4.0 * 0.5**k for k in range(8)]
+TRIAL_EVERY = 1000  # calls: a critic in training changes, slowly
 
 
 class Kinked(ValueError):
@@ -79,7 +82,7 @@ def differentiate(
         scores = again.scores(ends)
         measured = measured + sign * scores.detach().sum(dtype=norms.dtype)
         ones = (torch.ones_like(scores) * (difference.factor * (sign * upstream))).to(scores.dtype)
-        _add(sums, input_gradients((scores,), (ones,), wanted, False, True))
+        _add(sums, input_gradients((scores,), (ones,), wanted, False, False))
         del scores
     # What arrived at the points goes on to what they are made of.
     attached = [x for x in points if x.requires_grad]
@@ -115,15 +118,13 @@ def _direction(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if autocast not in findings.runs:
         findings.runs[autocast] = _look(question, leaves, scores, evaluations)
-    kink, spacing = findings.runs[autocast]
-    if kink and not allow_kinks:
+    run = findings.runs[autocast]
+    if run.kink and not allow_kinks:
         raise Kinked(
-            f"method='directional' needs a smooth critic, and found {kink}: a difference across its kink is off by "
+            f"method='directional' needs a smooth critic, and found {run.kink}: a difference across its kink is off by "
             "half at any step. Use method='double_backward', or a smooth activation such as SiLU; allow_kinks=True "
             "insists."
         )
-    if step is None:
-        step = SHARE * spacing ** (1 / 3)
     gradients = input_gradients((scores,), (cotangent(scores, question.grad_scale),), leaves, False, False)
     if all(g is None for g in gradients):
         raise unrelated()
@@ -142,33 +143,70 @@ def _direction(
     largest = sizes_of_v.max()
     largest = torch.where(largest == 0, 1.0, largest)  # all samples on the target: no direction, and no gradient
     mean_size = sizes.mean()
-    h = step * torch.where(mean_size == 0, 1.0, mean_size)
-    column = (weight * (h / largest)).expand(form.rows, 1)
-    column = column if form.kappa is None else column * form.kappa
-
-    plus, minus = [], []
-    for x, row, order, slope in zip(points, rows, orders, slopes, strict=True):
-        if slope is None:
-            ends = (x, x)
-        else:
-            attached = to_rows(x, order, form.rows) if x.requires_grad else row.detach()
-            up, down = perturb(attached, slope, column, question.ops)
-            ends = from_rows(up, order, x), from_rows(down, order, x)
-        plus.append(ends[0])
-        minus.append(ends[1])
+    unit = torch.where(mean_size == 0, 1.0, mean_size)
+    difference = Stencil(points, rows, orders, slopes, question.ops)
+    kappa = 1.0 if form.kappa is None else form.kappa
+    if step is None:
+        if run.calls % TRIAL_EVERY == 0:
+            again, longest = evaluations.again(question), lengths.max()
+            along = unit * kappa / torch.where(longest == 0, 1.0, longest)
+            run.step = _trial(again, difference, along, run.spacing)
+        run.calls += math.isfinite(run.step)
+        step = run.step
+    h = step * unit
+    plus, minus = difference.ends(weight * (h * kappa / largest), attached=True)
     terms = weight.reshape(-1) * lengths * lengths
     return penalty, norms, Difference(plus, minus, largest / (2 * h), terms.expand(form.rows))
 
 
+class Stencil(NamedTuple):
+    """Points, as the critic takes them and as rows, and the gradients of the scores at them; None is zero."""
+
+    points: Sequence[Tensor]
+    rows: Sequence[Tensor]
+    orders: Sequence[Order | None]
+    gradients: Sequence[Tensor | None]
+    ops: Any
+
+    def ends(self, column: Tensor, attached: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """x + c g and x - c g: with a gradient to what the points are made of, or without."""
+        column = column.expand(len(self.rows[0]), 1).contiguous()
+        plus, minus = [], []
+        for x, row, order, gradient in zip(self.points, self.rows, self.orders, self.gradients, strict=True):
+            if gradient is None:
+                plus.append(x)
+                minus.append(x)
+                continue
+            if attached and x.requires_grad:
+                up, down = Perturb.apply(to_rows(x, order, len(row)), gradient, column, self.ops)
+            else:
+                up, down = self.ops.perturb(row.detach(), gradient, column)
+            plus.append(from_rows(up, order, x))
+            minus.append(from_rows(down, order, x))
+        return plus, minus
+
+
+def _trial(question: Question, stencil: Stencil, along: Tensor, spacing: float) -> float:
+    """The step at which the quotients [D(h) - D(-h)] / 2h of the scores change least, of those on the ladder.
+
+    From one quotient to the next, at half the step, truncation changes by 3/4 of itself, rounding by about twice. One
+    pair may agree by luck, so three in a row have to, and the step is the middle one. NaN where no quotient is finite,
+    as with infinities in the samples.
+    """
+    steps = [share * spacing ** (1 / 3) for share in LADDER]
+    quotients = []
+    with torch.no_grad():
+        for step in steps:
+            plus, minus = (question.scores(end) for end in stencil.ends(along * step, attached=False))
+            quotients.append((plus.to(along.dtype) - minus.to(along.dtype)) / (2 * step))
+        changes = torch.stack([(a - b).norm() for a, b in pairwise(quotients)])
+        both = torch.maximum(changes[1:], changes[:-1]).nan_to_num(math.inf, math.inf).tolist()
+    least = min(both)
+    return steps[both.index(least) + 1] if least < math.inf else math.nan
+
+
 # The norm of each sample itself.
 SIZE = PenaltyForm(1, 0.0, False, True, 0.0, None, 1.0, True)
-
-
-def perturb(points: Tensor, gradients: Tensor, column: Tensor, ops: Any) -> tuple[Tensor, Tensor]:
-    """x + c g and x - c g, row by row, in one pass."""
-    if points.requires_grad:
-        return Perturb.apply(points, gradients, column, ops)
-    return ops.perturb(points, gradients, column)
 
 
 class Perturb(torch.autograd.Function):
@@ -226,9 +264,7 @@ def _error(measured: Tensor, terms: Tensor) -> Tensor:
 def _look(question: Question, leaves: Sequence[Tensor], scores: Tensor, evaluations: Evaluations) -> Run:
     """How the critic computes: once, not at each step."""
     between = graph.nodes_between([scores], leaves)
-    if any(node.name() == graph.REENTRANT for node in between):
-        culprit, remedy = graph.obstacle(between) or ("", "")
-        raise ValueError(f"critic must let its input gradient be taken, and has {culprit}. Use {remedy}.")
+    graph.refuse_reentrant(between)
     if any(node.name() == graph.COMPILED for node in between):
         # A compiled part is one node. What is in it shows when it runs as it was before.
         with torch.compiler.set_stance("force_eager"):

@@ -39,8 +39,11 @@ def twice_differentiable(
 ) -> list[Tensor | None]:
     """The input gradients with a graph of their own, which is looked at once to see that it leads to the weights."""
     unproven = not findings.twice
-    if unproven and (found := graph.obstacle(graph.nodes_between(outputs, points))):
-        raise OnlyOnce(_message(*found))
+    if unproven:
+        between = graph.nodes_between(outputs, points)
+        graph.refuse_reentrant(between)
+        if found := graph.obstacle(between):
+            raise OnlyOnce(_message(*found))
     gradients = input_gradients(outputs, cotangents, points, True, True)
     if unproven:
         if found := graph.dead_end(gradients, points):

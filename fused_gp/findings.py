@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import sys
+from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -27,7 +28,8 @@ class Findings:
         self.chosen: str | None = None  # what "auto" chose
         self.twice = False  # its graph can be differentiated twice
         self.runs: dict[torch.dtype | None, Run] = {}  # what one run showed, by the type of autocast
-        self.separate = False  # its samples do not see one another, and its parameters are all known
+        # Where its samples do not see one another and its parameters are all known: training (True), evaluation (False).
+        self.separate: set[bool] = set()
         self.unreached: list[ReferenceType[torch.Tensor]] | None = None  # parameters the penalty has no gradient for
         self.compiled: dict[Any, Any] = {}
 
@@ -38,11 +40,14 @@ class Findings:
         return [p for module in self.alive() for p in module.parameters()]
 
 
-class Run(NamedTuple):
-    """What the graph of one run of the critic shows of how it computes."""
+@dataclass
+class Run:
+    """What one run of the critic showed of how it computes."""
 
     kink: str | None  # an operation whose derivative jumps
     spacing: float  # between 1 and the next number of the coarsest type on the way
+    step: float = 0.0  # of a difference, found by trial
+    calls: int = 0  # that took this step
 
 
 # By the critic, or by the first module that it calls; then by how it is called.
@@ -103,8 +108,10 @@ def _modules_behind(critic: Any) -> list[tuple[str, Module]]:
 
     Of an owner, such as a trainer that has the generator too, those parts alone that the code names.
     """
-    critic = _unwrapped(critic)
     owners = []
+    if isinstance(critic, functools.partial):
+        owners += [*critic.args, *critic.keywords.values()]
+    critic = _unwrapped(critic)
     if isinstance(critic, MethodType):
         owners.append(critic.__self__)
         critic = critic.__func__
@@ -112,6 +119,7 @@ def _modules_behind(critic: Any) -> list[tuple[str, Module]]:
         return []
     names, known = critic.__code__.co_names, critic.__globals__
     owners += [known[name] for name in names if name in known]
+    owners += [*(critic.__defaults__ or ()), *(critic.__kwdefaults__ or {}).values()]
     for cell in critic.__closure__ or ():
         with contextlib.suppress(ValueError):  # a name that has no value yet
             owners.append(cell.cell_contents)

@@ -78,11 +78,18 @@ def types(between: Sequence[Any]) -> set[torch.dtype]:
     return {output.dtype for node in between for output in node._input_metadata if output is not None}
 
 
+def refuse_reentrant(between: Sequence[Any]) -> None:
+    """Such checkpointing allows for backward() alone, which would write to .grad: no method can take a gradient."""
+    if any(node.name() == REENTRANT for node in between):
+        raise ValueError(
+            "critic must let its input gradient be taken, and has reentrant checkpointing, which does not: use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
 def obstacle(between: Sequence[Any]) -> tuple[str, str] | None:
     """What among these nodes of the scores' graph cannot be differentiated twice, as far as they tell, and a remedy."""
     for node in between:
-        if node.name() == REENTRANT:
-            return "reentrant checkpointing", "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         if node.name() == COMPILED:
             return (
                 "a part that torch.compile compiled",

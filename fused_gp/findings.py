@@ -28,7 +28,7 @@ class Findings:
         self.chosen: str | None = None  # what "auto" chose
         self.twice = False  # its graph can be differentiated twice
         self.runs: dict[torch.dtype | None, Run] = {}  # what one run showed, by the type of autocast
-        # Where its samples do not see one another and its parameters are all known: training (True), evaluation (False).
+        # Its samples do not see one another, and its parameters are all known: in training if True, or evaluation.
         self.separate: set[bool] = set()
         self.unreached: list[ReferenceType[torch.Tensor]] | None = None  # parameters the penalty has no gradient for
         self.compiled: dict[Any, Any] = {}

@@ -170,6 +170,7 @@ def _check_separate(batch: Batch, whole: Sequence[Tensor]) -> None:
     with torch.enable_grad():
         scores = evaluations.again(question).scores(leaves)
     evaluations.rewind()
+    graph.refuse_reentrant(graph.nodes([scores]))
     known = {id(t) for t in (*whole, *pieces, *leaves)}
     for leaf in graph.leaves_reached([scores]):
         if id(leaf) not in known:

@@ -226,9 +226,7 @@ def _look_for_kinks(
     question: Question, leaves: Sequence[Tensor], scores: Tensor, evaluations: Evaluations, allowed: bool
 ) -> None:
     between = graph.nodes_between(scores, leaves)
-    if any(node.name() == graph.REENTRANT for node in between):
-        culprit, remedy = graph.obstacle(between) or ("", "")
-        raise ValueError(f"critic must let its input gradient be taken, and has {culprit}. Use {remedy}.")
+    graph.refuse_reentrant(between)
     if not allowed and any(node.name() == graph.COMPILED for node in between):
         # A compiled part is one node. What is in it shows when it runs as it was before.
         with torch.compiler.set_stance("force_eager"):

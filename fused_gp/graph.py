@@ -70,6 +70,15 @@ def kink(between: Sequence[Any]) -> str | None:
     return None
 
 
+def refuse_reentrant(between: Iterable[Any]) -> None:
+    """No input gradient can be taken through such a checkpoint, not even once."""
+    if any(node.name() == REENTRANT for node in between):
+        raise ValueError(
+            "critic must let its input gradient be taken, and has reentrant checkpointing. Use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        )
+
+
 def obstacle(between: Sequence[Any]) -> tuple[str, str] | None:
     """What among these nodes of the scores' graph cannot be differentiated twice, as far as they tell, and a remedy."""
     for node in between:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, methods, reference
+from . import arguments, graph, methods, reference
 from .backends import backend_for
 from .input_gradient import cotangent, input_gradients
 from .interpolation import interpolate_rows
@@ -114,7 +114,9 @@ def fused_gradient_penalty(
     if alpha is None:
         # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
         # everybody's torch.rand(B, 1, 1, 1), which draws the same numbers: a seed means the same here and there.
-        column = torch.rand((form.rows, 1), generator=generator, device=first.device)
+        # Named only where given: with the keyword, even as None, torch.compile cannot trace a batch of variable size.
+        drawn_from: dict[str, Any] = {} if generator is None else {"generator": generator}
+        column = torch.rand((form.rows, 1), device=first.device, **drawn_from)
     else:
         column = arguments.alpha(alpha, form.rows, reals)
     question = Question(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
@@ -177,7 +179,7 @@ def dragan_penalty(
         arguments.generator(generator, reals[0].device)
     if any(x.numel() < 2 for x in reals):
         raise ValueError("real must hold at least two elements to have a standard deviation, got one")
-    noisy = [x + noise_scale * x.std() * torch.empty_like(x).uniform_(generator=generator) for x in reals]
+    noisy = [x + noise_scale * x.std() * _uniform(x, generator) for x in reals]
     return fused_gradient_penalty(
         critic, real, arguments.rebuilt(noisy, structure), alpha=alpha, generator=generator if alpha is None else None,
         target=target, one_sided=one_sided, eps=eps, weight=weight, reduction=reduction, group_size=group_size,
@@ -185,6 +187,11 @@ def dragan_penalty(
         chunk_size=chunk_size, allow_kinks=allow_kinks, backend=backend, return_norms=return_norms,
         return_error=return_error,
     )  # fmt: skip
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The same numbers either way; vmap knows what to do with the first alone."""
+    return torch.rand_like(like) if generator is None else torch.empty_like(like).uniform_(generator=generator)
 
 
 def r1_penalty(
@@ -331,12 +338,17 @@ def input_gradient_penalty(
             `fused_gradient_penalty`. With ``target=0, weight=gamma / 2`` this is R1. Outputs that went through
             ``scaler.scale`` already: ask for their gradient yourself, and hand it to `gradient_norm_penalty`.
 
-    Returns and derivatives as in `fused_gradient_penalty`; the outputs' graph is kept. No ``.grad`` is written.
+    Returns and derivatives as in `fused_gradient_penalty`; the outputs' graph is kept. No ``.grad`` is written. It
+    cannot be traced by torch.compile, nor can the critic that made the outputs be compiled: penalties that are given
+    the critic itself can.
 
     Raises:
         TypeError: an argument is not of the kind above.
-        ValueError: shapes, devices or values do not fit, an input does not require grad, or no output depends on any.
+        ValueError: shapes, devices or values do not fit, an input does not require grad, no output depends on any, or
+            the critic was compiled.
     """
+    if torch.compiler.is_compiling():
+        raise ValueError(f"input_gradient_penalty cannot be traced by torch.compile: {_GIVE_THE_CRITIC}")
     outs, structure = arguments.outputs(outputs)
     ins, _ = arguments.samples("inputs", inputs)
     for index, x in enumerate(ins):
@@ -360,5 +372,22 @@ def input_gradient_penalty(
             "outputs must depend on inputs, got outputs that do not: did the critic run on a copy of them, or under "
             "no_grad()?"
         )
+    if torch.is_grad_enabled() and any(_is_of_compiled(t) for t in (*outs, *gradients)):
+        raise ValueError(
+            "outputs must come from a critic that can be differentiated twice, got those of one that torch.compile "
+            f"compiled: {_GIVE_THE_CRITIC}"
+        )
     penalty, norms = penalise_rows(gradients, form, ops)
     return (penalty, norms) if return_norms else penalty
+
+
+_GIVE_THE_CRITIC = (
+    "hand the critic itself to fused_gradient_penalty, r1_penalty or r2_penalty, which can be compiled, or run it as "
+    "it was before"
+)
+
+
+def _is_of_compiled(tensor: Tensor) -> bool:
+    """Whether it comes straight out of a compiled graph. Looking further would cost a walk at every call, and what is
+    compiled deeper inside a critic says so itself in the backward."""
+    return tensor.grad_fn is not None and tensor.grad_fn.name().startswith(graph.COMPILED)

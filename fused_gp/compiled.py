@@ -52,7 +52,7 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
         points, args, kwargs = tree_map_only(Tensor, lambda t: _of_any_batch(t, batch), (list(points), args, kwargs))
     scale = question.grad_scale
     if scale is not None:
-        scale = torch.as_tensor(scale, device=points[0].device)
+        scale = torch.as_tensor(scale, dtype=torch.bfloat16, device=points[0].device)  # in which it is exact
     try:
         with _hooks_refused():
             penalty, norms = run(question.critic, points, question.structure, args, kwargs, scale, plain, group)
@@ -66,7 +66,7 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
         raise ValueError(
             f"method='compiled' needs a critic that stays as it is, got one that was compiled "
             f"{torch._dynamo.config.recompile_limit} times and has changed again: numbers that change from call to "
-            "call belong in critic_args, or in buffers"
+            "call belong in tensors, such as buffers"
         ) from error
     return Answer(penalty * form.scale, norms)
 

@@ -206,6 +206,15 @@ def test_a_batch_size_is_compiled_once_and_all_others_together(graphs, wrap):
     assert call(6) == [False, True, False]
 
 
+def test_other_batch_sizes_share_a_graph_whatever_torch_remembers_of_sizes(graphs):
+    """torch notices by itself that a size changed, unless it was told not to look."""
+    critic = mlp()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        for size in (8, 5, 6, 7):
+            fused_gradient_penalty(critic, *pair(size), method="compiled")
+    assert graphs.symbolic == [False, True]
+
+
 def test_numbers_that_change_from_step_to_step_change_no_graph(graphs):
     critic, real, fake = mlp(), *pair()
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

@@ -133,6 +133,8 @@ def alpha(value: Any, rows: int, reals: Sequence[Tensor]) -> Tensor:
 
 def generator(value: Any, device: torch.device) -> None:
     """A generator that can draw on this device."""
+    if torch.compiler.is_compiling():
+        raise ValueError("generator cannot be traced by torch.compile: draw alpha from it outside, and give alpha")
     if not isinstance(value, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
     if value.device.type != device.type:
@@ -257,6 +259,11 @@ def callers_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> P
 def _grad_scale(value: Any, device: torch.device) -> float | Tensor:
     """The factor on the scores: a number, or a tensor of no dimensions that nobody has read yet."""
     if isinstance(value, torch.amp.GradScaler):
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "grad_scale must be a number or a tensor under torch.compile, which cannot trace a GradScaler: give "
+                "what scaler.scale(torch.ones(())) is, called outside"
+            )
         return value.scale(torch.ones((), device=device))  # its public way to tell, and it waits for no device
     if not isinstance(value, Tensor):
         if isinstance(value, Real):

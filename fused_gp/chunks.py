@@ -182,6 +182,7 @@ def _check_separate(batch: Batch, whole: Sequence[Tensor], findings: Findings) -
     with torch.enable_grad():
         scores = evaluations.again(question).scores(leaves)
     evaluations.rewind()
+    graph.refuse_reentrant(graph.nodes([scores]))
     known = {id(t) for t in (*whole, *pieces, *leaves)}
     for leaf in graph.leaves_reached([scores]):
         if id(leaf) not in known:
@@ -189,7 +190,6 @@ def _check_separate(batch: Batch, whole: Sequence[Tensor], findings: Findings) -
                 f"critic must reach no parameters but its own with chunk_size, got one that reaches another, of shape "
                 f"{tuple(leaf.shape)}: make it a part of the critic, or hand it in critic_args"
             )
-    graph.refuse_reentrant(graph.nodes_between([scores], leaves))
     if scores.numel() % 2:
         raise ValueError(
             f"critic must return as many scores for each sample with chunk_size, got {tuple(scores.shape)} for 2"

@@ -1,6 +1,7 @@
 """method="compiled": the penalty of one critic, compiled whole and kept for the next call. Exact."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -12,6 +13,7 @@ from . import functional, graph, reference
 from .evaluations import Evaluations
 from .findings import Findings
 from .form import PenaltyForm
+from .input_gradient import cotangent, input_gradients
 from .question import Answer, Question, unrelated
 
 
@@ -39,7 +41,8 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
     key = (plain, group, question.structure, tuple((x.shape[1:], x.dtype) for x in points))
     kept = findings.compiled.get(key)
     if kept is None:
-        _check_dependence(question, points, findings)
+        with _hooks_refused():
+            _check(question, points, findings)
         kept = findings.compiled[key] = Kept(batch)
     args, kwargs = question.args, question.kwargs
     if batch == kept.batch:
@@ -49,13 +52,21 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
         points, args, kwargs = tree_map_only(Tensor, lambda t: _of_any_batch(t, batch), (list(points), args, kwargs))
     scale = question.grad_scale
     if scale is not None:
-        scale = torch.as_tensor(scale, device=points[0].device)
+        scale = torch.as_tensor(scale, dtype=torch.bfloat16, device=points[0].device)  # in which it is exact
     try:
-        penalty, norms = run(question.critic, points, question.structure, args, kwargs, scale, plain, group)
-    except torch._dynamo.exc.Unsupported as error:
+        with _hooks_refused():
+            penalty, norms = run(question.critic, points, question.structure, args, kwargs, scale, plain, group)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        words = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise ValueError(
-            "method='compiled' needs a critic that torch.compile can compile whole, got one that it cannot: "
-            + str(error).strip().splitlines()[0]
+            f"method='compiled' needs a critic that torch.compile can compile whole, and it says: {words} Use "
+            "method='double_backward', or, where the critic is smooth, method='directional'."
+        ) from error
+    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+        raise ValueError(
+            f"method='compiled' needs a critic that stays as it is, got one that was compiled "
+            f"{torch._dynamo.config.recompile_limit} times and has changed again: numbers that change from call to "
+            "call belong in tensors, such as buffers"
         ) from error
     return Answer(penalty * form.scale, norms)
 
@@ -90,11 +101,47 @@ def _of_any_batch(tensor: Tensor, batch: int) -> Tensor:
     return tensor
 
 
-def _check_dependence(question: Question, points: Sequence[Tensor], findings: Findings) -> None:
-    """A compiled function cannot tell zero from nothing, so look at the critic's own graph once."""
+def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> None:
+    """What the critic's own graph shows, before it is compiled: a compiled function cannot tell zero from nothing, and
+    what stops its compiler is told by it in pages."""
     evaluations = Evaluations(findings, points[0].device)
     leaves = [x.detach().requires_grad_() for x in points]
-    with torch.enable_grad():
-        if not graph.nodes_between([evaluations.again(question).scores(leaves)], leaves):
+    # Parts that are compiled already are traced again with the rest, so look at them as they were before.
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        scores = evaluations.again(question).scores(leaves)
+        between = graph.nodes_between([scores], leaves)
+        if not between:
             raise unrelated()
+        if any(node.name() == graph.REENTRANT for node in between):
+            raise _hooked()
+        found = graph.obstacle(between)
+        if not found:
+            gradients = input_gradients((scores,), (cotangent(scores, None),), leaves, True, True)
+            found = graph.dead_end(gradients, leaves)
     evaluations.rewind()
+    if found:
+        culprit, remedy = found
+        raise ValueError(f"method='compiled' must differentiate the critic twice, and found {culprit}. Use {remedy}.")
+
+
+_HOOKED = "method='compiled' refuses hooks on saved tensors"
+
+
+@contextmanager
+def _hooks_refused() -> Iterator[None]:
+    """torch.func cannot see through them. If it meets them in tracing, torch leaves all hooks disabled ever after."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKED):
+            yield
+    except RuntimeError as error:
+        if str(error) != _HOOKED:
+            raise
+        raise _hooked() from None
+
+
+def _hooked() -> ValueError:
+    return ValueError(
+        "method='compiled' cannot see through activation checkpointing, save_on_cpu and other hooks on saved tensors: "
+        "leave them out, since the compiler itself decides what to keep, or use method='double_backward', or, where "
+        "the critic is smooth, method='directional'"
+    )

@@ -14,11 +14,17 @@ from .question import Answer, Question, unrelated
 class OnlyOnce(ValueError):
     """The critic cannot be differentiated twice."""
 
+    def __init__(self, culprit: str, remedy: str) -> None:
+        super().__init__(
+            f"method='double_backward' must differentiate the critic twice, and found {culprit}. Use {remedy}."
+        )
+        self.culprit = culprit
+
 
 def penalise(question: Question, points: Sequence[Tensor], findings: Findings, create_graph: bool) -> Answer:
     """Run the critic once at these points. Where the gradient of the penalty would not exist, say so now."""
     if create_graph and findings.sharded:
-        raise OnlyOnce(_message("FSDP, which frees the weights before the second backward", "method='directional'"))
+        raise OnlyOnce("FSDP, which frees the weights before the second backward", "method='directional'")
     for x in points:
         if not x.requires_grad:
             x.requires_grad_()
@@ -43,14 +49,10 @@ def twice_differentiable(
         between = graph.nodes_between(outputs, points)
         graph.refuse_reentrant(between)
         if found := graph.obstacle(between):
-            raise OnlyOnce(_message(*found))
+            raise OnlyOnce(*found)
     gradients = input_gradients(outputs, cotangents, points, True, True)
     if unproven:
         if found := graph.dead_end(gradients, points):
-            raise OnlyOnce(_message(*found))
+            raise OnlyOnce(*found)
         findings.twice = True
     return gradients
-
-
-def _message(culprit: str, remedy: str) -> str:
-    return f"method='double_backward' must differentiate the critic twice, and found {culprit}. Use {remedy}."

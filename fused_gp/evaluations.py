@@ -18,6 +18,13 @@ class Evaluations:
     """
 
     def __init__(self, findings: Findings, device: torch.device) -> None:
+        # The state that a capture draws from is that of each replay: it can be neither read nor set back.
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a CUDA graph cannot capture critics that run again from the same random numbers: call the penalty "
+                "once before the capture, as a warm-up, and with method='double_backward' or 'compiled'; "
+                "method='directional' runs them again at every call"
+            )
         self.generators: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
         self.states = [generator.get_rng_state() for generator in self.generators]
         # Outside training nothing is written to them.

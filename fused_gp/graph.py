@@ -78,12 +78,12 @@ def types(between: Sequence[Any]) -> set[torch.dtype]:
     return {output.dtype for node in between for output in node._input_metadata if output is not None}
 
 
-def refuse_reentrant(between: Sequence[Any]) -> None:
-    """Such checkpointing allows for backward() alone, which would write to .grad: no method can take a gradient."""
+def refuse_reentrant(between: Iterable[Any]) -> None:
+    """No input gradient can be taken through such a checkpoint, not even once."""
     if any(node.name() == REENTRANT for node in between):
         raise ValueError(
-            "critic must let its input gradient be taken, and has reentrant checkpointing, which does not: use "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            "critic must let its input gradient be taken, and has reentrant checkpointing. Use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
 
 
@@ -93,7 +93,7 @@ def obstacle(between: Sequence[Any]) -> tuple[str, str] | None:
         if node.name() == COMPILED:
             return (
                 "a part that torch.compile compiled",
-                "method='compiled' with the critic as it was before, or, where it is smooth, method='directional'",
+                "method='compiled', or, where the critic is smooth, method='directional'",
             )
         function = getattr(node, "_forward_cls", None)
         if function is not None and getattr(function.backward, "__code__", None) is _once:

@@ -24,7 +24,8 @@ class GradientPenalty(torch.nn.Module):
     Lazily (``every=k``), the first call of k computes the penalty, multiplied by k so that its gradient is on average
     that of every step (``compensate=False`` leaves the factor out); the other calls run no critic and return a zero
     whose backward reaches nothing. Calls are counted in training mode only, and the count is part of ``state_dict()``.
-    In evaluation mode every call computes the penalty as it is, without the factor.
+    In evaluation mode every call computes the penalty as it is, without the factor. A compiled training step cannot
+    count: call this outside of it, with a penalty that is compiled, ``torch.compile(r1_penalty)``.
 
     With an optimizer that keeps running averages, StyleGAN2 also corrects those for lazy steps: learning rate times
     c and betas to the power of c, with c = k / (k + 1).
@@ -72,15 +73,21 @@ class GradientPenalty(torch.nn.Module):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         options = self.options | options
-        if not self.training:
+        if not self.training or self.every == 1:
             return self.penalty(*inputs, **options)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"GradientPenalty(every={self.every}) counts its calls, for each of which torch.compile would compile "
+                "anew: call it outside the compiled function, and compile the penalty in it, "
+                f"GradientPenalty(torch.compile({_name(self.penalty)}), every={self.every})"
+            )
         due = self.calls % self.every == 0
         if not due:
             self.calls += 1
             return self._nothing(inputs, options)
         result = self.penalty(*inputs, **options)
         self.calls += 1  # only now: a call that raised does not count
-        if self.every == 1 or not self.compensate:
+        if not self.compensate:
             return result
         if isinstance(result, tuple):
             return (result[0] * self.every, *result[1:])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import arguments, graph, methods, reference
 from .backends import backend_for
-from .double_backward import twice_differentiable
+from .double_backward import OnlyOnce, twice_differentiable
 from .findings import Findings, findings_by
 from .input_gradient import cotangent, input_gradients
 from .interpolation import interpolate_rows
@@ -141,7 +141,9 @@ def fused_gradient_penalty(
     if alpha is None:
         # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
         # everybody's torch.rand(B, 1, 1, 1), which draws the same numbers: a seed means the same here and there.
-        column = torch.rand((form.rows, 1), generator=generator, device=first.device)
+        # Named only where given: with the keyword, even as None, torch.compile cannot trace a batch of variable size.
+        drawn_from: dict[str, Any] = {} if generator is None else {"generator": generator}
+        column = torch.rand((form.rows, 1), device=first.device, **drawn_from)
     else:
         column = arguments.alpha(alpha, form.rows, reals)
     question = Question(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
@@ -204,7 +206,7 @@ def dragan_penalty(
         arguments.generator(generator, reals[0].device)
     if any(x.numel() < 2 for x in reals):
         raise ValueError("real must hold at least two elements to have a standard deviation, got one")
-    noisy = [x + noise_scale * x.std() * torch.empty_like(x).uniform_(generator=generator) for x in reals]
+    noisy = [x + noise_scale * x.std() * _uniform(x, generator) for x in reals]
     return fused_gradient_penalty(
         critic, real, arguments.rebuilt(noisy, structure), alpha=alpha, generator=generator if alpha is None else None,
         target=target, one_sided=one_sided, eps=eps, weight=weight, reduction=reduction, group_size=group_size,
@@ -212,6 +214,11 @@ def dragan_penalty(
         chunk_size=chunk_size, allow_kinks=allow_kinks, backend=backend, return_norms=return_norms,
         return_error=return_error,
     )  # fmt: skip
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The same numbers either way; vmap knows what to do with the first alone."""
+    return torch.rand_like(like) if generator is None else torch.empty_like(like).uniform_(generator=generator)
 
 
 def r1_penalty(
@@ -320,6 +327,12 @@ def _at(sources: Sequence[Tensor], ops: Any) -> list[Tensor]:
     return [x.view_as(x) if x.requires_grad else x.clone() if x.is_inference() else x.detach() for x in sources]
 
 
+_GIVE_THE_CRITIC = (
+    "hand the critic itself to fused_gradient_penalty, r1_penalty or r2_penalty, which can be compiled, and have other "
+    "methods"
+)
+
+
 def input_gradient_penalty(
     outputs: Any,
     inputs: Any,
@@ -358,7 +371,8 @@ def input_gradient_penalty(
             `fused_gradient_penalty`. With ``target=0, weight=gamma / 2`` this is R1. Outputs that went through
             ``scaler.scale`` already: ask for their gradient yourself, and hand it to `gradient_norm_penalty`.
 
-    There is no `method` here: the critic's graph is there already, and double backward is all it can serve.
+    There is no `method` here: the critic's graph is there already, and double backward is all it can serve. For the
+    same reason it cannot be traced by torch.compile; penalties that are given the critic itself can.
 
     Returns and derivatives as in `fused_gradient_penalty`; the outputs' graph is kept. No ``.grad`` is written.
 
@@ -367,6 +381,8 @@ def input_gradient_penalty(
         ValueError: shapes, devices or values do not fit, an input does not require grad, no output depends on any, or
             the critic cannot be differentiated twice: the message names what stands in the way.
     """
+    if torch.compiler.is_compiling():
+        raise ValueError(f"input_gradient_penalty cannot be traced by torch.compile: {_GIVE_THE_CRITIC}")
     outs, structure = arguments.outputs(outputs)
     ins, _ = arguments.samples("inputs", inputs)
     for index, x in enumerate(ins):
@@ -384,7 +400,13 @@ def input_gradient_penalty(
         factors = arguments.output_weights(output_weights, outputs, outs, structure)
     cotangents = tuple([cotangent(out, grad_scale, factor) for out, factor in zip(outs, factors, strict=True)])
     if torch.is_grad_enabled() and ops is not reference:
-        found = twice_differentiable(tuple(outs), cotangents, ins, _findings_behind(outs, ins))
+        try:
+            found = twice_differentiable(tuple(outs), cotangents, ins, _findings_behind(outs, ins))
+        except OnlyOnce as obstacle:
+            raise ValueError(
+                "outputs must come from a critic that can be differentiated twice, got those of one with "
+                f"{obstacle.culprit}: {_GIVE_THE_CRITIC}"
+            ) from None
     else:
         found = input_gradients(tuple(outs), cotangents, ins, torch.is_grad_enabled(), True)
     gradients = [g for g in found if g is not None]

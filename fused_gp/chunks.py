@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import double_backward, graph
+from . import data_parallel, double_backward, graph
 from .directional import refuse_higher_order
 from .evaluations import Evaluations
 from .findings import Findings
@@ -100,6 +100,9 @@ def penalise(
         ])  # fmt: skip
     whole_answer = _joined(answers, form.reduce)
 
+    if data_parallel.finds_unused(findings):
+        reached = [g is not None for g in sums]
+        whole, sums = list(compress(whole, reached)), list(compress(sums, reached))
     attached = [*whole, *[t for t in batch.cut if t.requires_grad]]
     known = [*sums, *[torch.cat(grads) for grads in zip(*pieces_grads, strict=True)]]
     gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(attached, known, strict=True)]

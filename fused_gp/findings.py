@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import sys
 from types import FunctionType, MethodType
 from typing import Any
@@ -17,22 +18,18 @@ class Findings:
     """About one critic. Nothing in here may hold the critic itself: it is to live no longer for being known."""
 
     def __init__(self, modules: list[tuple[str, Module]]) -> None:
-        self.modules = [ref(module) for _, module in modules]
         parts = [(_joined(path, name), part) for path, module in modules for name, part in module.named_modules()]
         # The batch normalisations that may still have to be warned of.
         self.batch_norms = [(name, ref(part)) for name, part in parts if isinstance(part, _BatchNorm)]
         self.sharded = any(_is_sharded(part) for _, part in parts)
-        self.replicated = any(isinstance(part, DistributedDataParallel) for _, part in parts)
+        self.replicas = [ref(part) for _, part in parts if isinstance(part, DistributedDataParallel)]
+        self.wrappers = _wrappers([module for _, module in modules])  # DDPs around the critic, which it goes past
         self.chosen: str | None = None  # what "auto" chose
         self.twice = False  # its graph can be differentiated twice
         self.smooth = False  # no operation with a kink was found in it
         self.separate = False  # its samples do not see one another, and its parameters are all known
-        self.unreached: list[ReferenceType[torch.Tensor]] | None = None  # parameters the penalty has no gradient for
+        self.unreached: list[ReferenceType[torch.Tensor]] | None = None  # parameters DDP waits for in vain
         self.compiled: dict[Any, Any] = {}
-
-    def parameters(self) -> list[torch.Tensor]:
-        modules = [module for module in (found() for found in self.modules) if module is not None]
-        return [p for module in modules for p in module.parameters()]
 
 
 # By the critic, or by the first module that it calls; then by how it is called.
@@ -66,6 +63,20 @@ def _is_sharded(module: Module) -> bool:
     # Imported by whoever shards; importing it ourselves takes longer than importing torch.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+
+
+def _wrappers(modules: list[Module]) -> list[ReferenceType[DistributedDataParallel]]:
+    """The DDPs that hold these modules. DDP leaves no mark on its module, so that all living objects are looked at."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+
+    def around() -> list[ReferenceType[DistributedDataParallel]]:
+        found = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+        return [ref(ddp) for ddp in found if any(ddp.module is module for module in modules)]
+
+    if around():
+        gc.collect()  # one that was given up counts no more
+    return around()
 
 
 def _unwrapped(critic: Any) -> FunctionType | MethodType | Any:

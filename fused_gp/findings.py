@@ -23,7 +23,8 @@ class Findings:
         self.batch_norms = [(name, ref(part)) for name, part in parts if isinstance(part, _BatchNorm)]
         self.sharded = any(_is_sharded(part) for _, part in parts)
         self.replicas = [ref(part) for _, part in parts if isinstance(part, DistributedDataParallel)]
-        self.wrappers = _wrappers([module for _, module in modules])  # DDPs around the critic, which it goes past
+        # DDPs that have the critic in them, but are not called.
+        self.wrappers = [] if self.replicas else _wrappers([module for _, module in modules])
         self.chosen: str | None = None  # what "auto" chose
         self.twice = False  # its graph can be differentiated twice
         self.smooth = False  # no operation with a kink was found in it
@@ -71,7 +72,7 @@ def _wrappers(modules: list[Module]) -> list[ReferenceType[DistributedDataParall
         return []
 
     def around() -> list[ReferenceType[DistributedDataParallel]]:
-        found = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+        found = [thing for thing in gc.get_objects() if DistributedDataParallel in type(thing).__mro__]
         return [ref(ddp) for ddp in found if any(ddp.module is module for module in modules)]
 
     if around():

@@ -8,6 +8,7 @@ are freed before a second backward could use them, so the method is "directional
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -178,6 +179,9 @@ def main() -> None:
         print(f"{title}: W {curves[-1]['W']:.3f}, mean gradient norm {curves[-1]['|grad|']:.2f}")
         print(f"Largest difference between the ranks' weights: {difference:.1e}")
         print(f"See distributed.png and distributed.json in {args.out}/")
+    # DDP refers to the process group, and goes first: gloo's threads must not outlive Python.
+    del generator, critic
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
 

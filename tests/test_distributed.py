@@ -68,7 +68,7 @@ def torchrun(ranks, program, *arguments, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(program), *map(str, arguments)],
-        capture_output=True, text=True, timeout=180, env=environment, **options,
+        capture_output=True, text=True, timeout=120, env=environment, **options,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done

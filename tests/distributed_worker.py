@@ -244,7 +244,9 @@ def _():
 def _():
     """A wrapper that is gone reduces nothing, and is no reason to refuse."""
     net, alone = smooth(), smooth()
-    DistributedDataParallel(net)
+    given_up = DistributedDataParallel(net)
+    given_up.__dict__["itself"] = given_up  # in a cycle, as many a trainer has it
+    del given_up
     for critic in (net, alone):
         penalty_of(critic, EVERYTHING).backward()
     return gradients(net), gradients(alone)

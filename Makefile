@@ -9,7 +9,7 @@ demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 # The kernels compiled and run on the device at hand instead of interpreted. Needs the packages, no network.
 test-gpu:

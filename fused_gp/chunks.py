@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from . import double_backward, graph
+from . import data_parallel, double_backward, graph
 from .directional import refuse_higher_order
 from .evaluations import Evaluations
 from .findings import Findings
@@ -113,6 +113,10 @@ def penalise(
         ])  # fmt: skip
     whole_answer = _joined(answers, form.reduce)
 
+    if data_parallel.finds_unused(findings):
+        reached = [g is not None for g in sums]
+        sums = list(compress(sums, reached))
+        attached = [*compress(attached, reached), *attached[len(whole) :]]
     known = [*sums, *[torch.cat(grads) for grads in zip(*pieces_grads, strict=True)]]
     gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(attached, known, strict=True)]
     if form.kappa is not None:

@@ -29,7 +29,7 @@ class Kept:
 
 def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -> Answer:
     """Exact, and differentiable once."""
-    if findings.sharded or findings.replicated:
+    if findings.sharded or findings.replicas:
         raise ValueError(
             "method='compiled' cannot reach the hooks of DDP and FSDP from inside its graph, got such a critic: use "
             "method='directional', or 'double_backward' under DDP"

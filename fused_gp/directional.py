@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import graph, torch_ops
+from . import data_parallel, graph, torch_ops
 from .evaluations import Evaluations
 from .findings import Findings, Run
 from .form import PenaltyForm
@@ -57,7 +57,10 @@ def penalise(
     plus, minus = again.scores(difference.plus).to(dtype), again.scores(difference.minus).to(dtype)
     differences = _row_sums(plus - minus, question.form) * difference.factor
     error = _error(differences.detach(), difference.terms)
-    return Answer(Surrogate.apply(penalty, differences) if differences.requires_grad else penalty, norms, error)
+    if not differences.requires_grad:
+        return Answer(penalty, norms, error)
+    penalty = data_parallel.reach_all(Surrogate.apply(penalty, differences), plus, findings)
+    return Answer(penalty, norms, error)
 
 
 def differentiate(

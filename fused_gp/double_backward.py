@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import graph
+from . import data_parallel, graph
 from .findings import Findings
 from .input_gradient import cotangent, input_gradients
 from .norm_penalty import penalise_rows
@@ -24,7 +24,13 @@ class OnlyOnce(ValueError):
 def penalise(question: Question, points: Sequence[Tensor], findings: Findings, create_graph: bool) -> Answer:
     """Run the critic once at these points. Where the gradient of the penalty would not exist, say so now."""
     if create_graph and findings.sharded:
-        raise OnlyOnce("FSDP, which frees the weights before the second backward", "method='directional'")
+        # Kept, by reshard_after_forward=False and set_reshard_after_backward(False), they still get no gradient: FSDP
+        # reduces in the first backward, that of the input gradient, where there is none yet.
+        raise OnlyOnce(
+            "FSDP, which frees the weights and reduces their gradients in the first backward, that of the input "
+            "gradient",
+            "method='directional'",
+        )
     for x in points:
         if not x.requires_grad:
             x.requires_grad_()
@@ -37,7 +43,8 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings, c
     gradients = [g for g in found if g is not None]
     if not gradients:
         raise unrelated()
-    return Answer(*penalise_rows(gradients, question.form, question.ops))
+    penalty, norms = penalise_rows(gradients, question.form, question.ops)
+    return Answer(data_parallel.reach_all(penalty, scores, findings) if create_graph else penalty, norms)
 
 
 def twice_differentiable(

@@ -24,20 +24,18 @@ class Findings:
         # The batch normalisations that may still have to be warned of.
         self.batch_norms = [(name, ref(part)) for name, part in parts if isinstance(part, _BatchNorm)]
         self.sharded = any(_is_sharded(part) for _, part in parts)
-        self.replicated = any(isinstance(part, DistributedDataParallel) for _, part in parts)
+        self.replicas = [ref(part) for _, part in parts if isinstance(part, DistributedDataParallel)]
         self.chosen: str | None = None  # what "auto" chose
         self.twice = False  # its graph can be differentiated twice
         self.runs: dict[torch.dtype | None, Run] = {}  # what one run showed, by the type of autocast
         # Its samples do not see one another, and its parameters are all known: in training if True, or evaluation.
         self.separate: set[bool] = set()
-        self.unreached: list[ReferenceType[torch.Tensor]] | None = None  # parameters the penalty has no gradient for
+        # Parameters that DDP waits for in vain, by the kind of penalty.
+        self.unreached: dict[str, list[ReferenceType[torch.Tensor]]] = {}
         self.compiled: dict[Any, Any] = {}
 
     def alive(self) -> list[Module]:
         return [module for module in (found() for found in self.modules) if module is not None]
-
-    def parameters(self) -> list[torch.Tensor]:
-        return [p for module in self.alive() for p in module.parameters()]
 
 
 @dataclass

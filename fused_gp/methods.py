@@ -26,6 +26,7 @@ def penalise(
     warn_of_batch_norm(findings)
     if not torch.is_grad_enabled():
         return _value(question, sources, points_of, findings, method.chunk_size)
+    data_parallel.check(findings)
     if method.chunk_size is None:
         return _attached(question, points_of(sources, question.ops), findings, method)
 
@@ -50,10 +51,7 @@ def _attached(question: Question, points: list[Tensor], findings: Findings, meth
             return directional.penalise(question, points, findings, method.step, method.allow_kinks)
         case "compiled":
             return compiled.penalise(question, points, findings)
-    answer = double_backward.penalise(question, points, findings, create_graph=True)
-    if findings.replicated and method.chunk_size is None:
-        answer = answer._replace(penalty=data_parallel.reach_all(answer.penalty, findings))
-    return answer
+    return double_backward.penalise(question, points, findings, create_graph=True)
 
 
 def _name(question: Question, points: list[Tensor], findings: Findings, method: Method) -> str:

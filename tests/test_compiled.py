@@ -458,11 +458,3 @@ def test_numbers_in_tensors_may_change(graphs):
     for step in range(12):
         assert_exact_here(critic, *pair(), critic_args=(torch.tensor(0.5 + 0.1 * step),))
     assert graphs.symbolic == [False]
-
-
-def test_a_distributed_critic_is_refused():
-    """Its hooks would not be seen."""
-    critic = mlp()
-    findings.findings_of(critic).replicated = True
-    with pytest.raises(ValueError, match="cannot reach the hooks of DDP and FSDP"):
-        fused_gradient_penalty(critic, *pair(), method="compiled")

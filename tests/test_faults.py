@@ -544,6 +544,6 @@ def test_memory_is_flat():
 
     tensors, resident = steps(400)
     tensors_after, resident_after = steps(1600)
-    assert tensors_after == tensors
+    assert tensors_after <= tensors  # fewer, when another test's were freed on the way
     leak = 1600 * real.numel() * real.element_size()
     assert resident_after - resident < leak / 5, f"{(resident_after - resident) / 2**20:.1f} MiB more"

@@ -1,0 +1,407 @@
+"""What test_distributed.py starts with torchrun: every case on every rank in one process group, findings as JSON.
+
+A case gives two lists of tensors: what this rank has in the end, and what one process has after the same on the joined
+batch. Its finding is how far apart they are, on the worst rank, and how far the ranks are from one another; or the
+error that it raised, which every rank must have raised.
+"""
+
+import datetime
+import gc
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import spectral_norm
+
+from fused_gp import GradientPenalty, fused_gradient_penalty, input_gradient_penalty, r1_penalty
+
+BATCH, WIDTH, STEPS = 16, 6, 2
+CASES = {}
+
+
+def case(name):
+    def register(function):
+        CASES[name] = function
+        return function
+
+    return register
+
+
+class WithSpare(nn.Module):
+    """It has parameters that it does not use."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.spare = net, nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def smooth(activation=nn.SiLU, dtype=torch.float64):
+    torch.manual_seed(1)
+    layers = nn.Linear(WIDTH, 8), activation(), nn.Linear(8, 8), activation(), nn.Linear(8, 1)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def kinked():
+    return smooth(nn.LeakyReLU)
+
+
+def with_spare():
+    return WithSpare(smooth())
+
+
+def normalised():
+    """Its buffers, which DDP broadcasts at every forward, take a step at each."""
+    torch.manual_seed(1)
+    return nn.Sequential(spectral_norm(nn.Linear(WIDTH, 8)), nn.SiLU(), spectral_norm(nn.Linear(8, 1))).double()
+
+
+def samples(dtype=torch.float64):
+    """Real, fake and alpha: given, so that joined and sharded runs have the same."""
+    generator = torch.Generator().manual_seed(2)
+    real, fake = (torch.randn(BATCH, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    return (
+        real.to(dtype),
+        (fake + 1).to(dtype),
+        torch.rand(BATCH, 1, generator=generator, dtype=torch.float64).to(dtype),
+    )
+
+
+def rows(part=0, parts=1):
+    """This rank's share of a part of the batch."""
+    size = BATCH // parts
+    share = size // dist.get_world_size()
+    start = part * size + dist.get_rank() * share
+    return slice(start, start + share)
+
+
+EVERYTHING = slice(0, BATCH)
+
+
+def penalty_of(critic, where, dtype=torch.float64, **options):
+    real, fake, alpha = samples(dtype)
+    return fused_gradient_penalty(critic, real[where], fake[where], alpha=alpha[where], weight=10, **options)
+
+
+def terms_of(critic, where, dtype=torch.float64):
+    real, fake, _ = samples(dtype)
+    return critic(fake[where]).mean() - critic(real[where]).mean()
+
+
+# Whether the critic runs for the penalty before or after it runs for its scores decides what DDP is prepared for.
+LOSSES = {
+    "alone": penalty_of,
+    "penalty first": lambda critic, where, **options: penalty_of(critic, where, **options) + terms_of(critic, where),
+    "scores first": lambda critic, where, **options: terms_of(critic, where) + penalty_of(critic, where, **options),
+}
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients(critic, missing=0.0):
+    return [torch.full_like(full(p), missing) if p.grad is None else full(p.grad) for p in critic.parameters()]
+
+
+def weights(critic):
+    return [full(p.detach()) for p in critic.parameters()]
+
+
+def trained(critic, loss, net=None, *, where, call=lambda critic: critic):
+    """The weights after some steps, the last gradients beside them."""
+    optimizer = torch.optim.SGD(critic.parameters(), 0.02, momentum=0.5)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss(call(critic), where).backward()
+        optimizer.step()
+    # One process leaves out what it does not depend on. The ranks may not: DDP would wait for it.
+    return gradients(net or critic, 0.0 if net is None else torch.nan) + weights(net or critic)
+
+
+def training(build, wrap, loss="alone", call=lambda critic: critic, **options):
+    """Ours on this rank's share against plain double backward in one process on the whole batch."""
+    net = build()
+    ours = trained(wrap(net), lambda c, w: LOSSES[loss](c, w, **options), net, where=rows(), call=call)
+    return ours, trained(build(), LOSSES[loss], where=EVERYTHING)
+
+
+def ddp(**options):
+    return lambda net: DistributedDataParallel(net, **options)
+
+
+def shard(net, **options):
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, **options)
+    return fully_shard(net, **options)
+
+
+METHODS = {
+    "double_backward": (kinked, {}),
+    "directional": (smooth, {"method": "directional"}),
+    "auto": (kinked, {"method": "auto"}),
+    "chunks": (kinked, {"chunk_size": 2}),
+    "chunks, directional": (smooth, {"chunk_size": 2, "method": "directional"}),
+    "chunks, auto": (kinked, {"chunk_size": 3, "method": "auto"}),
+}
+for method, (build, options) in METHODS.items():
+    for loss in LOSSES:
+        CASES[f"ddp: {method}, {loss}"] = lambda b=build, o=options, n=loss: training(b, ddp(), n, **o)
+
+THREE = {"double_backward": {}, "directional": {"method": "directional"}, "chunks": {"chunk_size": 2}}
+for method, options in THREE.items():
+    CASES[f"ddp, small buckets: {method}"] = lambda o=options: training(smooth, ddp(bucket_cap_mb=1e-6), **o)
+    CASES[f"ddp, views: {method}"] = lambda o=options: training(smooth, ddp(gradient_as_bucket_view=True), **o)
+    CASES[f"ddp, all found: {method}"] = lambda o=options: training(smooth, ddp(find_unused_parameters=True), **o)
+    CASES[f"ddp, unused: {method}"] = lambda o=options: training(with_spare, ddp(), **o)
+    CASES[f"ddp, unused and found: {method}"] = lambda o=options: unused_and_found(**o)
+    CASES[f"ddp, static_graph: {method}"] = lambda o=options: training(smooth, ddp(static_graph=True), **o)
+    CASES[f"ddp, no_sync: {method}"] = lambda o=options: accumulated(**o)
+    CASES[f"ddp, lazy: {method}"] = lambda o=options: lazy(**o)
+
+
+def unused_and_found(**options):
+    """What nobody uses keeps no gradient, as DDP has it."""
+    ours, truth = training(with_spare, ddp(find_unused_parameters=True), **options)
+    spare = slice(6, 8)
+    assert all(grad.isnan().all() for grad in ours[spare])
+    del ours[spare], truth[spare]
+    return ours, truth
+
+
+def accumulated(**options):
+    """Two halves of the batch, reduced with the second."""
+    net = smooth()
+    critic = DistributedDataParallel(net)
+    for _ in range(STEPS):
+        net.zero_grad()
+        with critic.no_sync():
+            LOSSES["scores first"](critic, rows(0, 2), **options).backward()
+        LOSSES["alone"](critic, rows(1, 2), **options).backward()
+    alone = smooth()
+    LOSSES["scores first"](alone, slice(0, BATCH // 2)).backward()
+    LOSSES["alone"](alone, slice(BATCH // 2, BATCH)).backward()
+    return gradients(net), gradients(alone)
+
+
+def lazy(**options):
+    """Steps with and without a penalty, in one backward with the scores."""
+
+    def run(critic, net, where, **options):
+        module = GradientPenalty(r1_penalty, weight=10, every=2, **options)
+        return trained(critic, lambda c, w: terms_of(c, w) + module(c, samples()[0][w]), net, where=where)
+
+    net = smooth()
+    return run(DistributedDataParallel(net), net, rows(), **options), run(smooth(), None, EVERYTHING)
+
+
+@case("ddp, lazy and alone")
+def _():
+    """A skipped penalty has nothing to go back to, and leaves DDP ready for the next."""
+    net, alone = smooth(), smooth()
+    critic = DistributedDataParallel(net)
+    for each, module, where in (
+        (critic, GradientPenalty(every=3), rows()),
+        (alone, GradientPenalty(every=3), EVERYTHING),
+    ):
+        for _ in range(5):
+            each.zero_grad()
+            real, fake, alpha = samples()
+            penalty = module(each, real[where], fake[where], alpha=alpha[where])
+            if penalty.grad_fn is None:
+                penalty.backward()
+                assert all(p.grad is None for p in each.parameters())
+            else:
+                penalty.backward()
+                kept = gradients(each)
+        if each is critic:
+            ours = kept
+    return ours, kept
+
+
+@case("ddp, a lambda")
+def _():
+    return training(kinked, ddp(), call=lambda critic: lambda x: critic(x))
+
+
+@case("ddp, its module beside its scores")
+def _():
+    """DDP's own forward prepares it for all that the backward brings."""
+    net, alone = smooth(), smooth()
+    critic = DistributedDataParallel(net)
+    (terms_of(critic, rows()) + penalty_of(net, rows())).backward()
+    LOSSES["scores first"](alone, EVERYTHING).backward()
+    return gradients(net), gradients(alone)
+
+
+@case("ddp, one method after the other: directional")
+def _():
+    """Each leaves out other parameters."""
+    net, alone = smooth(), smooth()
+    critic = DistributedDataParallel(net)
+    for method in ("directional", "double_backward"):
+        net.zero_grad()
+        penalty_of(critic, rows(), method=method).backward()
+        ours = gradients(net, torch.nan)
+    penalty_of(alone, EVERYTHING).backward()
+    return ours, gradients(alone)
+
+
+@case("ddp, a backward each")
+def _():
+    """Where each follows its own forward."""
+    net, alone = smooth(), smooth()
+    for critic, where in ((DistributedDataParallel(net), rows()), (alone, EVERYTHING)):
+        terms_of(critic, where).backward()
+        penalty_of(critic, where).backward()
+    return gradients(net), gradients(alone)
+
+
+@case("ddp, a critic that has run")
+def _():
+    """input_gradient_penalty knows no critic; its backward is the one of the loss."""
+    net, alone = smooth(), smooth()
+    for critic, where in ((DistributedDataParallel(net), rows()), (alone, EVERYTHING)):
+        x = samples()[0][where].requires_grad_()
+        scores = critic(x)
+        (scores.mean() + input_gradient_penalty(scores, x)).backward()
+    return gradients(net), gradients(alone)
+
+
+@case("ddp, buffers: double_backward")
+def _():
+    return training(normalised, ddp())
+
+
+@case("ddp, buffers: directional")
+def _():
+    return training(normalised, ddp(), method="directional")
+
+
+@case("ddp, buffers: chunks")
+def _():
+    return training(normalised, ddp(), chunk_size=2)
+
+
+@case("ddp, compiled")
+def _():
+    return training(smooth, ddp(), method="compiled")
+
+
+def in_bfloat16(**options):
+    """Against one process under the same autocast, which rounds the same products of other sums."""
+
+    def run(critic, net, where, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = penalty_of(critic, where, torch.float32, **options)
+        loss.backward()
+        return gradients(net)
+
+    net, alone = smooth(dtype=torch.float32), smooth(dtype=torch.float32)
+    return run(DistributedDataParallel(net), net, rows(), **options), run(alone, alone, EVERYTHING)
+
+
+CASES["ddp, bfloat16"] = in_bfloat16
+CASES["ddp, bfloat16: chunks"] = lambda: in_bfloat16(chunk_size=2)
+
+SHARDED = {
+    "fsdp2": shard,
+    "fsdp2, one group": fully_shard,
+    "fsdp2, kept": lambda net: shard(net, reshard_after_forward=False),
+}
+for wrapper, wrap in SHARDED.items():
+    for loss in LOSSES:
+        CASES[f"{wrapper}: directional, {loss}"] = lambda w=wrap, n=loss: training(smooth, w, n, method="directional")
+    CASES[f"{wrapper}: double_backward"] = lambda w=wrap: training(smooth, w)
+CASES["fsdp2: auto"] = lambda: training(smooth, shard, method="auto")
+CASES["fsdp2: compiled"] = lambda: training(smooth, shard, method="compiled")
+CASES["fsdp2: chunks"] = lambda: training(smooth, shard, chunk_size=2)
+CASES["fsdp2: chunks, directional"] = lambda: training(smooth, shard, method="directional", chunk_size=2)
+CASES["fsdp2, a lambda"] = lambda: training(
+    smooth, shard, call=lambda critic: lambda x: critic(x), method="directional"
+)
+CASES["fsdp2, kinked: auto"] = lambda: training(kinked, shard, method="auto")
+
+
+@case("fsdp2: r1_penalty")
+def _():
+    net, alone = smooth(), smooth()
+    r1_penalty(shard(net), samples()[0][rows()], weight=10, method="directional").backward()
+    r1_penalty(alone, samples()[0], weight=10).backward()
+    return gradients(net), gradients(alone)
+
+
+@case("fsdp2: single precision")
+def _():
+    net, alone = smooth(dtype=torch.float32), smooth()
+    penalty_of(shard(net), rows(), torch.float32, method="directional").backward()
+    penalty_of(alone, EVERYTHING).backward()
+    return gradients(net), gradients(alone)
+
+
+@case("fsdp1: double_backward")
+def _():
+    return training(smooth, lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu")))
+
+
+@case("fsdp1: directional")
+def _():
+    net, alone = smooth(), smooth()
+    critic = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+    penalty_of(critic, rows(), method="directional").backward()
+    penalty_of(alone, EVERYTHING).backward()
+    with FullyShardedDataParallel.summon_full_params(critic, with_grads=True):
+        return [grad.clone() for grad in gradients(critic)], gradients(alone)
+
+
+def finding(function):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            # DDP's, of a plain double backward too: the weight gradient of a layer with one output comes transposed.
+            warnings.filterwarnings("ignore", "Grad strides do not match")
+            ours, truth = (torch.cat([t.flatten() for t in tensors]) for tensors in function())
+    except (ValueError, RuntimeError, AssertionError, Warning) as error:
+        mine = f"{type(error).__name__}: {error}"
+    else:
+        all_ours = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
+        dist.all_gather(all_ours, ours)
+        mine = {
+            "off": ((ours - truth).norm() / truth.norm().clamp(min=1e-30)).item(),
+            "apart": max((other - ours).abs().max().item() for other in all_ours),
+        }
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    if all(isinstance(each, str) for each in everyones) and len(set(everyones)) == 1:
+        return {"raised": mine}
+    assert all(isinstance(each, dict) for each in everyones), everyones
+    # NaN, a gradient that is missing, is worst of all.
+    return {key: torch.tensor([each[key] for each in everyones]).max().item() for key in mine}
+
+
+def main(out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    found = {}
+    for name, function in CASES.items():
+        found[name] = finding(function)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(found, indent=1))
+    # What still refers to the group, DDP in its cycles, goes before it does: gloo's threads must not outlive Python.
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

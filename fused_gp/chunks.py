@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import data_parallel, double_backward, graph
 from .directional import refuse_higher_order
-from .evaluations import Evaluations
+from .evaluations import Buffers, Evaluations
 from .findings import Findings
 from .form import accumulation_type
 from .input_gradient import input_gradients
@@ -94,11 +94,11 @@ def penalise(
     answers: list[Answer] = []
     sums: list[Tensor | None] = [None] * len(whole)
     pieces_grads: list[list[Tensor | None]] = []
-    evaluations = Evaluations(findings, sources[0].device)
+    buffers = Buffers(findings)
     for part, points, pieces in batch.parts(chunk_size):
         wanted = [*whole, *[piece for piece in pieces if piece.requires_grad]]
         # One call is one step of a spectral norm's power iteration, however many chunks it takes.
-        with evaluations.buffers_as_before() if answers else nullcontext():
+        with buffers.as_before() if answers else nullcontext():
             answer, found = differentiate(part, points, wanted, upstream)
         answers.append(answer._replace(penalty=answer.penalty.detach()))
         # Not in place: autograd may have given one tensor to two parameters.
@@ -132,10 +132,10 @@ def value(
     findings: Findings,
 ) -> Answer:
     """Without gradients."""
-    evaluations = Evaluations(findings, sources[0].device)
+    buffers = Buffers(findings)
     answers: list[Answer] = []
     for part, points, _ in Batch(question, sources, points_of).parts(chunk_size):
-        with evaluations.buffers_as_before() if answers else nullcontext():
+        with buffers.as_before() if answers else nullcontext():
             answers.append(double_backward.penalise(part, points, findings, create_graph=False))
     return _joined(answers, question.form.reduce)
 

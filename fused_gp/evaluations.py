@@ -10,6 +10,31 @@ from .findings import Findings
 from .question import Question
 
 
+class Buffers:
+    """Those of a critic that is about to run. Outside training nothing is written to them."""
+
+    def __init__(self, findings: Findings) -> None:
+        parts = [part for module in findings.alive() for part in module.modules() if part.training]
+        self.buffers = [
+            (part._buffers, name, buffer.clone())
+            for part in parts
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Inside, the critic has copies of its buffers as they were; what it writes to these is forgotten."""
+        now = [owner[name] for owner, name, _ in self.buffers]
+        for owner, name, before in self.buffers:
+            owner[name] = before.clone()
+        try:
+            yield
+        finally:
+            for (owner, name, _), buffer in zip(self.buffers, now, strict=True):
+                owner[name] = buffer
+
+
 class Evaluations:
     """The state from which a critic is about to run.
 
@@ -25,33 +50,17 @@ class Evaluations:
                 "once before the capture, as a warm-up, and with method='double_backward' or 'compiled'; "
                 "method='directional' runs them again at every call"
             )
-        self.generators: list[Any] = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
-        self.states = [generator.get_rng_state() for generator in self.generators]
-        # Outside training nothing is written to them.
-        parts = [part for module in findings.alive() for part in module.modules() if part.training]
-        self.buffers = [
-            (part._buffers, name, buffer.clone())
-            for part in parts
-            for name, buffer in part._buffers.items()
-            if buffer is not None
-        ]
+        # Each with the device it is asked for: there may be several, and the current one need not be the critic's.
+        self.generators: list[tuple[Any, tuple[torch.device, ...]]] = [(torch, ())]
+        if device.type != "cpu":
+            self.generators.append((torch.get_device_module(device), (device,) if device.type != "mps" else ()))
+        self.states = [module.get_rng_state(*where) for module, where in self.generators]
+        self.buffers = Buffers(findings)
 
     def rewind(self) -> None:
         """The generators, as if the critic had not run."""
-        for generator, state in zip(self.generators, self.states, strict=True):
-            generator.set_rng_state(state)
-
-    @contextmanager
-    def buffers_as_before(self) -> Iterator[None]:
-        """Inside, the critic has copies of its buffers as they were; what it writes to these is forgotten."""
-        now = [owner[name] for owner, name, _ in self.buffers]
-        for owner, name, before in self.buffers:
-            owner[name] = before.clone()
-        try:
-            yield
-        finally:
-            for (owner, name, _), buffer in zip(self.buffers, now, strict=True):
-                owner[name] = buffer
+        for (module, where), state in zip(self.generators, self.states, strict=True):
+            module.set_rng_state(state, *where)
 
     def again(self, question: Question) -> Question:
         """The same question of a critic that runs from that state each time, and leaves its own buffers as they are."""
@@ -59,7 +68,7 @@ class Evaluations:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.rewind()
-            with self.buffers_as_before():
+            with self.buffers.as_before():
                 return critic(*args, **kwargs)
 
         return question._replace(critic=run)

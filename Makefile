@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test test-gpu bench bench-ops bench-systems lint clean
+.PHONY: demo test test-gpu bench bench-ops bench-systems bench-methods lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -15,14 +15,17 @@ test: .venv/dev
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 
-# The two have options of their own: give ARGS to one of them.
-bench: bench-ops bench-systems
+# The three have options of their own: give ARGS to one of them.
+bench: bench-ops bench-systems bench-methods
 
 bench-ops: .venv/dev
 	$(BIN)/python -m benchmarks.ops $(ARGS)
 
 bench-systems: .venv/dev
 	$(BIN)/python -m benchmarks.systems $(ARGS)
+
+bench-methods: .venv/dev
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

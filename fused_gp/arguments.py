@@ -223,6 +223,16 @@ def options(
 
 def method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error: Any) -> Method:
     """How the gradient is to be taken."""
+    given = (name, step, chunk_size, allow_kinks, return_error)
+    if torch.compiler.is_compiling():
+        return _method(*given)
+    try:
+        return _known_method(*given)
+    except TypeError:  # one of them is of a wrong kind, or one that cannot be remembered
+        return _method(*given)
+
+
+def _method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error: Any) -> Method:
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
     if step is not None:
@@ -234,6 +244,10 @@ def method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error
     flag("allow_kinks", allow_kinks)
     flag("return_error", return_error)
     return Method(name, step, chunk_size, allow_kinks)
+
+
+# As with the options: checking them again at every step costs as much as an operation.
+_known_method = lru_cache(maxsize=64, typed=True)(_method)
 
 
 def own_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> tuple[PenaltyForm, float | Tensor]:

@@ -17,7 +17,7 @@ def check(findings: Findings) -> None:
     So would a module of a DDP that is handed in instead of it, whose penalty is alone in a backward; but nothing of the
     module tells that there is a DDP.
     """
-    if any(ddp.static_graph for ddp in _replicas(findings)):
+    if findings.replicas and any(ddp.static_graph for ddp in _replicas(findings)):
         raise ValueError(
             "critic must be a DistributedDataParallel without static_graph=True, got one with it: it takes the input "
             "gradient for the whole of the first backward, and would never reduce the weights' gradients"

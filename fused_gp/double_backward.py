@@ -52,7 +52,7 @@ def twice_differentiable(
 ) -> list[Tensor | None]:
     """The input gradients with a graph of their own, which is looked at once to see that it leads to the weights."""
     unproven = not findings.twice
-    if unproven:
+    if unproven and graph.obstacle(graph.nodes(outputs)):  # which may be one that the points do not go through
         between = graph.nodes_between(outputs, points)
         graph.refuse_reentrant(between)
         if found := graph.obstacle(between):

@@ -87,15 +87,18 @@ def refuse_reentrant(between: Iterable[Any]) -> None:
         )
 
 
-def obstacle(between: Sequence[Any]) -> tuple[str, str] | None:
+def obstacle(between: Iterable[Any]) -> tuple[str, str] | None:
     """What among these nodes of the scores' graph cannot be differentiated twice, as far as they tell, and a remedy."""
     for node in between:
-        if node.name() == COMPILED:
+        name = node.name()
+        if name == REENTRANT:
+            return "reentrant checkpointing", "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        if name == COMPILED:
             return (
                 "a part that torch.compile compiled",
                 "method='compiled', or, where the critic is smooth, method='directional'",
             )
-        function = getattr(node, "_forward_cls", None)
+        function = getattr(node, "_forward_cls", None)  # of nodes written in Python
         if function is not None and getattr(function.backward, "__code__", None) is _once:
             return (
                 f"the autograd Function {function.__name__}, whose backward is once_differentiable",

@@ -263,6 +263,9 @@ def test_its_own_estimate(chunk_size):
     assert found.item() == 0  # exact
     assert norms.shape == (8,)
     assert r1_penalty(critic, batch[0], method="directional", return_error=True)[1] < 1e-4
+    for options in ({"eps": 1.0}, {"grad_scale": 64.0}, {"group_size": 2}, {"target": 0.0}, {"one_sided": True}):
+        options = options | {"method": "directional", "chunk_size": chunk_size, "return_error": True, "weight": 10.0}
+        assert fused_gradient_penalty(critic, *batch, **options)[1] < 1e-4
 
 
 @pytest.mark.parametrize("critic", ["flat", "steep", "curved"])

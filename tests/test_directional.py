@@ -297,6 +297,32 @@ def enlarged(critic, factor):
     return critic
 
 
+@pytest.mark.parametrize(
+    ("quotients", "chosen"),
+    [
+        ((9.0, 5.0, 3.0, 2.1, 2.0, 2.05, 2.5, 4.0), 4),
+        ((9.0, 4.0, 2.0, 1.0, 1.1, 5.0, 5.0, 9.0), 3),  # two that agree by luck, far from their neighbours
+        ((math.inf, math.nan, 3.0, 2.1, 2.0, 2.05, 2.5, 4.0), 4),
+        ((math.nan,) * 8, None),
+    ],
+)
+def test_which_step_the_trial_takes(quotients, chosen):
+    """The middle one of three steps whose quotients agree best."""
+    steps = dict(zip(directional.LADDER, quotients, strict=True))
+
+    class Stencil:
+        def ends(self, column, attached):
+            assert not attached
+            return column.item(), -column.item()
+
+    class Question:
+        def scores(self, end):
+            return torch.tensor([end * steps[abs(end)]])
+
+    found = directional._trial(Question(), Stencil(), torch.ones(()), spacing=1.0)
+    assert math.isnan(found) if chosen is None else found == directional.LADDER[chosen]
+
+
 def test_the_trial_is_made_again_when_the_critic_has_changed(monkeypatch):
     """At the first call and every TRIAL_EVERY-th, of 16 runs without a graph; not of points that are not finite."""
     monkeypatch.setattr(directional, "TRIAL_EVERY", 3)

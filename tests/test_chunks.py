@@ -381,6 +381,18 @@ def test_looking_leaves_no_trace():
     assert_same(results[1], results[0])
 
 
+@pytest.mark.compiles
+def test_no_graph_is_kept_for_a_second_backward():
+    """A compiled critic gives its buffers away in its backward, and raises where somebody wants to come back."""
+    critic, (real, fake) = mlp().double(), batch()
+    torch._dynamo.reset()
+    given = torch.compile(critic, backend="aot_eager", dynamic=True)
+    ours = fused_gradient_penalty(given, real, fake, alpha=0.5, method="directional", chunk_size=2)
+    truth = gradients(reference.fused_gradient_penalty(critic, real, fake, alpha=0.5), critic.parameters())
+    for actual, expected in zip(gradients(ours, critic.parameters()), truth, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_double_backward_is_looked_at_in_chunks_too():
     once = (
         "the autograd Function Once, whose backward is once_differentiable",

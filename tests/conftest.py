@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.utils import counters
 
 
 def pytest_configure(config):
@@ -70,6 +71,27 @@ def _poisoned_memory(request, monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+# For tests in which torch's compiler runs. The warnings are of its own doing; the first it hides from whoever has not
+# made errors of warnings.
+COMPILES = [
+    pytest.mark.compiles,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _no_graph_is_known(request):
+    """To the compiler, from another test, or to another from this one."""
+    compiles = request.node.get_closest_marker("compiles")
+    if compiles:
+        torch._dynamo.reset()
+        counters.clear()
+    yield
+    if compiles:
+        torch._dynamo.reset()
 
 
 class Graphs:

@@ -20,25 +20,15 @@ from torch.utils.checkpoint import checkpoint
 import fused_gp
 from fused_gp import findings, fused_gradient_penalty, r1_penalty, reference
 
-from conftest import Graphs
+from conftest import COMPILES, Graphs
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.compiles,
-    # Of torch's own doing: the first it hides from whoever has not made errors of warnings.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), *COMPILES]
 
 
 @pytest.fixture(autouse=True)
-def _forgotten():
-    """No graph is known from another test, and none breaks in this."""
-    torch._dynamo.reset()
-    counters.clear()
+def _one_graph(_no_graph_is_known):
     yield
     assert not counters["graph_break"]
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from test_critics import MinibatchStd, Recurrent
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,11 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_gp import fused_gradient_penalty, reference
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    # torch's compiler meets its own deprecations.
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
-]
+from conftest import COMPILES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What the relative error of all weight gradients together may be, in fp64: exact ways, and a difference whose step is
 # 2e-6 of the points' norm. Off by half is what it is across a kink.
@@ -81,21 +80,6 @@ class MathAttention(nn.Module):
     def forward(self, x):
         with sdpa_kernel(SDPBackend.MATH):
             return self.critic(x)
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 1)
-
-    def forward(self, x):
-        return self.head(self.lstm(x)[0][:, -1])
-
-
-class MinibatchStd(nn.Module):
-    def forward(self, x):
-        deviation = (x.var(0, correction=0) + 1e-8).sqrt().mean()
-        return torch.cat((x, deviation.expand(len(x), 1)), 1)
 
 
 class Conditional(nn.Module):
@@ -321,7 +305,7 @@ def truth_of(critic, real, fake, chunk_size, **options):
     return penalty.detach(), gradient_of(penalty, critic)
 
 
-WAYS = [pytest.param(name, marks=pytest.mark.compiles if name == "compiled" else ()) for name in METHODS]
+WAYS = [pytest.param(name, marks=COMPILES if name == "compiled" else ()) for name in METHODS]
 
 
 @pytest.mark.parametrize("method", WAYS)

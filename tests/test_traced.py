@@ -25,23 +25,9 @@ from fused_gp import (
 from fused_gp.evaluations import Evaluations
 from fused_gp.findings import Findings
 
-from conftest import Graphs
+from conftest import COMPILES, Graphs
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.compiles,
-    # Of torch's own doing: the first it hides from whoever has not made errors of warnings.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _forgotten():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.usefixtures("one_thread"), *COMPILES]
 
 
 @pytest.fixture

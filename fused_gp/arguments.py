@@ -133,7 +133,7 @@ def alpha(value: Any, rows: int, reals: Sequence[Tensor]) -> Tensor:
 
 def generator(value: Any, device: torch.device) -> None:
     """A generator that can draw on this device."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         raise ValueError("generator cannot be traced by torch.compile: draw alpha from it outside, and give alpha")
     if not isinstance(value, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(value).__name__}")
@@ -213,7 +213,7 @@ def options(
 ) -> PenaltyForm:
     """The penalty these options mean for these samples, nothing being scaled."""
     given = (tensors[0].shape[0], group_size, target, one_sided, squared, eps, weight, reduction, return_norms)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _form(*given)
     try:
         return _known_form(*given)
@@ -224,7 +224,7 @@ def options(
 def method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error: Any) -> Method:
     """How the gradient is to be taken."""
     given = (name, step, chunk_size, allow_kinks, return_error)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _method(*given)
     try:
         return _known_method(*given)
@@ -273,7 +273,7 @@ def callers_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> P
 def _grad_scale(value: Any, device: torch.device) -> float | Tensor:
     """The factor on the scores: a number, or a tensor of no dimensions that nobody has read yet."""
     if isinstance(value, torch.amp.GradScaler):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             raise ValueError(
                 "grad_scale must be a number or a tensor under torch.compile, which cannot trace a GradScaler: give "
                 "what scaler.scale(torch.ones(())) is, called outside"

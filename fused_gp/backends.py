@@ -46,7 +46,7 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
 
 def traced() -> bool:
     """Whether somebody else, a compiler or a transform, is to see every operation."""
-    return torch.compiler.is_compiling() or _are_functorch_transforms_active()
+    return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
 
 
 @cache

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from . import functional, graph, reference
 from .evaluations import Evaluations
 from .findings import Findings
-from .form import PenaltyForm
+from .form import PenaltyForm, accumulation_type
 from .input_gradient import cotangent, input_gradients
 from .question import Answer, Question, unrelated
 
@@ -81,7 +81,10 @@ def _penalise(
     form: PenaltyForm,
     group: int,
 ) -> tuple[Tensor, Tensor]:
-    form = form._replace(rows=len(points[0]) // group, kappa=None if grad_scale is None else 1 / grad_scale.float())
+    form = form._replace(
+        rows=len(points[0]) // group,
+        kappa=None if grad_scale is None else 1 / grad_scale.to(accumulation_type(*[x.dtype for x in points])),
+    )
     answer = functional.penalise(Question(critic, structure, args, kwargs, grad_scale, form, reference), points)
     return answer.penalty, answer.norms
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import data_parallel, graph, torch_ops
 from .evaluations import Evaluations
@@ -117,11 +118,11 @@ def _direction(
     form = question.form
     leaves = [x.detach().requires_grad_() for x in points]
     scores = question.scores(leaves)
-    device = scores.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if autocast not in findings.runs:
-        findings.runs[autocast] = _look(question, leaves, scores, evaluations)
-    run = findings.runs[autocast]
+    options = [t for t in tree_leaves((question.args, question.kwargs)) if isinstance(t, (str, bool))]
+    like = (findings.mode(scores.device), findings.make(), tuple(x.dtype for x in points), tuple(options))
+    run = findings.runs.get(like)
+    if run is None or run.calls == TRIAL_EVERY:
+        run = findings.runs[like] = _look(question, leaves, scores, evaluations)
     if run.kink and not allow_kinks:
         raise Kinked(
             f"method='directional' needs a smooth critic, and found {run.kink}: a difference across its kink is off by "
@@ -150,7 +151,7 @@ def _direction(
     difference = Stencil(points, rows, orders, slopes, question.ops)
     kappa = 1.0 if form.kappa is None else form.kappa
     if step is None:
-        if run.calls % TRIAL_EVERY == 0:
+        if run.calls == 0:
             again, longest = evaluations.again(question), lengths.max()
             along = unit * kappa / torch.where(longest == 0, 1.0, longest)
             run.step = _trial(again, difference, along, run.spacing)
@@ -272,5 +273,5 @@ def _look(question: Question, leaves: Sequence[Tensor], scores: Tensor, evaluati
         # A compiled part is one node. What is in it shows when it runs as it was before.
         with torch.compiler.set_stance("force_eager"):
             between = graph.nodes_between([evaluations.again(question).scores(leaves)], leaves)
-    spacings = [SPACING[dtype] for dtype in graph.types(between) if dtype in SPACING]
-    return Run(graph.kink(between), max(spacings, default=SPACING[scores.dtype]))
+    types = graph.types(between) | {scores.dtype} | {x.dtype for x in leaves}
+    return Run(graph.kink(between), max(SPACING[dtype] for dtype in types if dtype in SPACING))

@@ -51,7 +51,8 @@ def twice_differentiable(
     outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], points: Sequence[Tensor], findings: Findings
 ) -> list[Tensor | None]:
     """The input gradients with a graph of their own, which is looked at once to see that it leads to the weights."""
-    unproven = not findings.twice
+    mode = findings.mode(points[0].device)
+    unproven = mode not in findings.twice
     if unproven and graph.obstacle(graph.nodes(outputs)):  # which may be one that the points do not go through
         between = graph.nodes_between(outputs, points)
         graph.refuse_reentrant(between)
@@ -61,5 +62,5 @@ def twice_differentiable(
     if unproven:
         if found := graph.dead_end(gradients, points):
             raise OnlyOnce(*found)
-        findings.twice = True
+        findings.twice.add(mode)
     return gradients

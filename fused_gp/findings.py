@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -25,9 +26,9 @@ class Findings:
         self.batch_norms = [(name, ref(part)) for name, part in parts if isinstance(part, _BatchNorm)]
         self.sharded = any(_is_sharded(part) for _, part in parts)
         self.replicas = [ref(part) for _, part in parts if isinstance(part, DistributedDataParallel)]
-        self.chosen: str | None = None  # what "auto" chose
-        self.twice = False  # its graph can be differentiated twice
-        self.runs: dict[torch.dtype | None, Run] = {}  # what one run showed, by the type of autocast
+        self.chosen: dict[Any, str] = {}  # what "auto" chose, by mode
+        self.twice: set[Any] = set()  # the modes in which its graph can be differentiated twice
+        self.runs: dict[Any, Run] = {}  # what one run showed, by all that may make another run another
         # Its samples do not see one another, and its parameters are all known: in training if True, or evaluation.
         self.separate: set[bool] = set()
         # Parameters that DDP waits for in vain, by the kind of penalty.
@@ -36,6 +37,17 @@ class Findings:
 
     def alive(self) -> list[Module]:
         return [module for module in (found() for found in self.modules) if module is not None]
+
+    def mode(self, device: torch.device) -> Any:
+        """In training or evaluation, under which autocast: other operations may run in another."""
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return autocast, *[module.training for module in self.alive()]
+
+    def make(self) -> Any:
+        """Of which parts the critic is made, and of which types: it may be changed while it lives."""
+        modules = self.alive()
+        parts = [(type(part), part.training) for module in modules for part in module.modules()]
+        return tuple(parts), frozenset(p.dtype for module in modules for p in module.parameters())
 
 
 @dataclass
@@ -57,20 +69,25 @@ _known_by_parameter: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def findings_of(critic: Any) -> Findings:
     """Later calls cost a look-up."""
     if isinstance(critic, Module):
-        found = _known.get(critic)
+        known = _known.get(critic)
+        found = None if known is None else known.get(None)
         if found is None:
-            found = _known[critic] = {None: Findings([("", critic)])}
-        return found[None]
+            found = _known.setdefault(critic, {})[None] = Findings([("", critic)])
+        return found
     # A lambda is often made anew at every step. What it calls, and its code, stay.
-    modules = _modules_behind(critic)
-    owner, key = (modules[0][1], (_code(critic), *[ref(m) for _, m in modules])) if modules else (critic, None)
+    modules, others = _behind(critic)
+    owner = modules[0][1] if modules else critic
     try:
-        found = _known.setdefault(owner, {})
+        key = (*[ref(m) for _, m in modules], *[_weak(thing) for thing in others])
+        known = _known.setdefault(owner, {})
+        found = known.get(key)
     except TypeError:  # of a kind that cannot be remembered
         return Findings(modules)
-    if key not in found:
-        found[key] = Findings(modules)
-    return found[key]
+    if found is None:
+        if len(known) > 100:  # made of other things each time
+            known.clear()
+        found = known[key] = Findings(modules)
+    return found
 
 
 def findings_by(parameter: torch.Tensor) -> Findings:
@@ -88,42 +105,79 @@ def _is_sharded(module: Module) -> bool:
     return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
 
 
-def _unwrapped(critic: Any) -> FunctionType | MethodType | Any:
-    """The function or method that a partial or a callable object comes down to."""
-    while isinstance(critic, functools.partial):
-        critic = critic.func
-    if not isinstance(critic, (FunctionType, MethodType)):
-        critic = getattr(critic, "__call__", None)  # noqa: B004  # the bound method of a callable object
-    return critic
-
-
-def _code(critic: Any) -> Any:
-    return getattr(_unwrapped(critic), "__code__", None)
-
-
-def _modules_behind(critic: Any) -> list[tuple[str, Module]]:
-    """The modules that a partial, a function, a method or a callable object calls, with their paths in their owner.
+def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
+    """The modules that a partial, a function, a method or a callable object calls, with their paths in their owner, and
+    what else its doings may depend on.
 
     Of an owner, such as a trainer that has the generator too, those parts alone that the code names.
     """
-    owners = []
-    if isinstance(critic, functools.partial):
-        owners += [*critic.args, *critic.keywords.values()]
-    critic = _unwrapped(critic)
-    if isinstance(critic, MethodType):
-        owners.append(critic.__self__)
-        critic = critic.__func__
-    if not isinstance(critic, FunctionType):
-        return []
-    names, known = critic.__code__.co_names, critic.__globals__
-    owners += [known[name] for name in names if name in known]
-    owners += [*(critic.__defaults__ or ()), *(critic.__kwdefaults__ or {}).values()]
-    for cell in critic.__closure__ or ():
-        with contextlib.suppress(ValueError):  # a name that has no value yet
-            owners.append(cell.cell_contents)
-    found: list[tuple[str, Module]] = []
-    for owner in owners:
-        parts = owner._modules if isinstance(owner, Module) else getattr(owner, "__dict__", {})
-        named = [(name, part) for name, part in ((name, parts.get(name)) for name in names) if isinstance(part, Module)]
-        found += named or ([("", owner)] if isinstance(owner, Module) else [])
-    return found
+    modules: list[tuple[str, Module]] = []
+    others: list[Any] = []
+    seen: set[int] = set()
+
+    def visit(thing: Any, names: set[str]) -> None:
+        if id(thing) in seen or isinstance(thing, torch.Tensor):
+            return
+        seen.add(id(thing))
+        if isinstance(thing, functools.partial):
+            for part in (thing.func, *thing.args, *thing.keywords.values()):
+                visit(part, names)
+        elif isinstance(thing, MethodType):
+            visit(thing.__self__, names | _names(thing.__func__))
+            visit(thing.__func__, names)
+        elif isinstance(thing, FunctionType):
+            if (thing.__module__ or "").partition(".")[0] != "torch":
+                visit_function(thing)
+            others.append(thing.__code__)
+        elif isinstance(thing, Module):
+            named = [(name, part) for name, part in thing._modules.items() if part is not None and name in names]
+            modules.extend(named or [("", thing)])
+        elif isinstance(thing, dict):
+            visit_parts(thing.items(), names, all_of_it=True)
+        elif type(thing) in (list, tuple):
+            visit_parts(enumerate(thing), names, all_of_it=True)
+        elif hasattr(thing, "__dict__") and not isinstance(thing, (type, ModuleType)):
+            others.append(thing)
+            visit_parts(vars(thing).items(), names, all_of_it=False)
+        else:
+            others.append(thing)
+
+    def visit_parts(items: Iterable[tuple[Any, Any]], names: set[str], all_of_it: bool) -> None:
+        parts = list(items)
+        named = [(name, part) for name, part in parts if name in names]
+        for name, part in named or (parts if all_of_it else []):
+            if isinstance(part, Module) and not isinstance(part, torch.nn.ModuleDict):
+                modules.append((str(name), part))
+            else:
+                visit(part, names)
+
+    def visit_function(function: FunctionType) -> None:
+        names, known = _names(function), function.__globals__
+        things = [known[name] for name in function.__code__.co_names if name in known]
+        things += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a name that has no value yet
+                things.append(cell.cell_contents)
+        for thing in things:
+            visit(thing, names)
+
+    if not isinstance(critic, (FunctionType, MethodType, functools.partial)):
+        critic = getattr(critic, "__call__", critic)  # noqa: B004  # the bound method of a callable object
+    visit(critic, set())
+    return modules, others
+
+
+def _names(function: Any) -> set[str]:
+    """The attributes and keys that a function's code speaks of."""
+    return _names_in(function.__code__) if isinstance(function, FunctionType) else set()
+
+
+@functools.lru_cache(maxsize=256)
+def _names_in(code: CodeType) -> set[str]:
+    names = {*code.co_names, *[const for const in code.co_consts if isinstance(const, str)]}
+    return names.union(*[_names_in(const) for const in code.co_consts if isinstance(const, CodeType)])
+
+
+def _weak(thing: Any) -> Any:
+    """As a part of a key that keeps nothing alive but numbers and words."""
+    return thing if isinstance(thing, (str, int, float, bool, type(None), CodeType)) else ref(thing)

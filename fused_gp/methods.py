@@ -58,20 +58,21 @@ def _name(question: Question, points: list[Tensor], findings: Findings, method: 
     """The method's name; what "auto" means for this critic is found by trying, once."""
     if method.name != "auto":
         return method.name
-    if findings.chosen is None:
+    mode = findings.mode(points[0].device)
+    if mode not in findings.chosen:
         evaluations = Evaluations(findings, points[0].device)
         leaves = [x.detach().requires_grad_() for x in points]
         try:
             double_backward.penalise(evaluations.again(question), leaves, findings, create_graph=True)
-            findings.chosen = "double_backward"
+            findings.chosen[mode] = "double_backward"
         except double_backward.OnlyOnce as obstacle:
             try:
                 directional.penalise(evaluations.again(question), leaves, findings, method.step, method.allow_kinks)
             except directional.Kinked as kinked:
                 raise ValueError(f"{obstacle} But {kinked}") from None
-            findings.chosen = "directional"
+            findings.chosen[mode] = "directional"
         evaluations.rewind()
-    return findings.chosen
+    return findings.chosen[mode]
 
 
 def _value(

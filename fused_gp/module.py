@@ -75,7 +75,7 @@ class GradientPenalty(torch.nn.Module):
         options = self.options | options
         if not self.training or self.every == 1:
             return self.penalty(*inputs, **options)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             raise ValueError(
                 f"GradientPenalty(every={self.every}) counts its calls, for each of which torch.compile would compile "
                 "anew: call it outside the compiled function, and compile the penalty in it, "

@@ -381,7 +381,7 @@ def input_gradient_penalty(
         ValueError: shapes, devices or values do not fit, an input does not require grad, no output depends on any, or
             the critic cannot be differentiated twice: the message names what stands in the way.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         raise ValueError(f"input_gradient_penalty cannot be traced by torch.compile: {_GIVE_THE_CRITIC}")
     outs, structure = arguments.outputs(outputs)
     ins, _ = arguments.samples("inputs", inputs)

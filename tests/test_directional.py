@@ -1,6 +1,7 @@
 """method="directional": how near the gradient comes, what it costs in orders, where it is refused."""
 
 import copy
+import functools
 import math
 import re
 
@@ -480,10 +481,114 @@ def test_the_graph_is_looked_at_once_per_critic(monkeypatch, method):
         fused_gradient_penalty(critic, *samples(), method=method)
         fused_gradient_penalty(lambda x: critic(x), *samples(), method="double_backward")
     assert len(looks) <= 2  # the lambda is a critic of its own, once
-    critic.train(False)
+    critic.train(False)  # where other operations may run
+    fused_gradient_penalty(critic, *samples(), method=method)
     looks.clear()
     fused_gradient_penalty(critic, *samples(), method=method)
     assert not looks
+
+
+class Switched(nn.Module):
+    """Smooth in evaluation, or unless it is told otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 1)
+
+    def forward(self, x, activation="silu"):
+        x = self.before(x)
+        return self.after(torch.relu(x) if self.training or activation == "relu" else nn.functional.silu(x))
+
+
+def swap(critic):
+    critic[1] = nn.ReLU()
+
+
+def test_a_critic_that_changes_is_looked_at_again():
+    """Layers swapped, training and evaluation, a word among its arguments, another function behind a partial."""
+    critic = mlp()
+    fused_gradient_penalty(critic, *samples(), method="directional")
+    swap(critic)
+    with pytest.raises(ValueError, match="found Relu"):
+        fused_gradient_penalty(critic, *samples(), method="directional")
+
+    critic = Switched().eval()
+    fused_gradient_penalty(critic, *samples(), method="directional")
+    with pytest.raises(ValueError, match="found Relu"):
+        fused_gradient_penalty(critic, *samples(), method="directional", critic_kwargs={"activation": "relu"})
+    with pytest.raises(ValueError, match="found Relu"):
+        fused_gradient_penalty(critic.train(), *samples(), method="directional")
+
+    net = nn.Linear(6, 1)
+
+    def activated(x, activation):
+        return activation(net(x))
+
+    fused_gradient_penalty(functools.partial(activated, activation=torch.tanh), *samples(), method="directional")
+    with pytest.raises(ValueError, match="found Relu"):
+        fused_gradient_penalty(functools.partial(activated, activation=torch.relu), *samples(), method="directional")
+
+
+@pytest.mark.parametrize("first", ["lambda", "module"])
+def test_a_module_and_a_lambda_over_it(first):
+    critic = mlp()
+    calls = [lambda x: critic(x), critic]
+    for each in calls if first == "lambda" else calls[::-1]:
+        fused_gradient_penalty(each, *samples(), method="directional").backward()
+        with torch.no_grad():
+            fused_gradient_penalty(each, *samples())
+
+
+def test_another_type_has_another_step():
+    """A critic in fp64, then in fp32; and points of bf16 for one that computes in fp32."""
+    critic, alpha = conv().double(), torch.rand(8)
+    fused_gradient_penalty(critic, *images(dtype=torch.float64), method="directional")
+    critic, batch = critic.float(), images()
+    truth = gradient(reference.fused_gradient_penalty(critic, *batch, alpha=alpha), critic)
+    ours = gradient(fused_gradient_penalty(critic, *batch, alpha=alpha, method="directional"), critic)
+    assert off(ours, truth) <= 5e-5
+
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = conv()
+
+        def forward(self, x):
+            return self.net(x.float())
+
+    critic, batch = Casting(), [x.bfloat16() for x in images()]
+    truth = gradient(reference.fused_gradient_penalty(critic, *batch, alpha=alpha), critic)
+    ours = gradient(fused_gradient_penalty(critic, *batch, alpha=alpha, method="directional"), critic)
+    assert off(ours, truth) <= 2e-2
+
+
+def test_critics_in_containers_are_found():
+    """Their buffers are kept, as those of a critic that is named outright."""
+
+    class Nets:
+        pass
+
+    def helper(x):
+        return models["D"](x)
+
+    real, fake = samples(dtype=torch.float64)
+    for behind in (
+        lambda models, nets: lambda x: models["D"](x), lambda models, nets: lambda x: helper(x),
+        lambda models, nets: lambda x: nets.inner.D(x), lambda models, nets: lambda x: sum(d(x) for d in models["all"]),
+    ):  # fmt: skip
+        results = []
+        for function, options in (
+            (reference.fused_gradient_penalty, {}), (fused_gradient_penalty, {"method": "directional"})
+        ):  # fmt: skip
+            torch.manual_seed(2)
+            critic = nn.Sequential(spectral_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 1)).double()
+            models, nets = {"D": critic, "G": mlp(), "all": [critic]}, Nets()
+            nets.inner, nets.inner.D = Nets(), critic
+            penalty = function(behind(models, nets), real, fake, alpha=0.5, **options)
+            results.append((gradient(penalty, critic), *critic.buffers()))
+        assert off(results[1][0], results[0][0]) <= 1e-8
+        for actual, expected in zip(results[1][1:], results[0][1:], strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 def test_all_samples_on_the_target(place):

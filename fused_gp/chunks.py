@@ -5,7 +5,7 @@ added up, and its graph freed. The backward then multiplies. Exact where the met
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import compress
 from typing import Any
 
@@ -19,7 +19,7 @@ from .directional import refuse_higher_order
 from .evaluations import Buffers, Evaluations
 from .findings import Findings
 from .form import accumulation_type
-from .input_gradient import input_gradients
+from .input_gradient import gradient_of_first
 from .question import Answer, Question
 
 # (question, points, leaves, upstream) -> the answer, and upstream times the penalty's gradient with respect to leaves
@@ -32,6 +32,7 @@ class Batch:
     def __init__(self, question: Question, sources: Sequence[Tensor], points_of: Callable[..., list[Tensor]]) -> None:
         self.question, self.sources, self.points_of = question, sources, points_of
         self.rows = question.form.rows
+        self.group = len(sources[0]) // self.rows
         others, self.tree = tree_flatten((question.args, question.kwargs))
         lengths = (self.rows, len(sources[0]))
         self.is_cut = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] in lengths for t in others]
@@ -46,11 +47,8 @@ class Batch:
 
     def parts(self, chunk_size: int) -> Iterator[tuple[Question, list[Tensor], list[Tensor]]]:
         """One after the other, so that each can be forgotten before the next is made."""
-        group = len(self.sources[0]) // self.rows
-        if chunk_size % group:
-            raise ValueError(f"chunk_size must be a multiple of group_size, got {chunk_size} for groups of {group}")
-        for start in range(0, self.rows, chunk_size // group):
-            yield self.part(start, min(start + chunk_size // group, self.rows))
+        for start in range(0, self.rows, chunk_size // self.group):
+            yield self.part(start, min(start + chunk_size // self.group, self.rows))
 
     def part(self, start: int, stop: int) -> tuple[Question, list[Tensor], list[Tensor]]:
         """The question about some rows, their points, and what was cut for them, each piece a leaf."""
@@ -83,11 +81,14 @@ def penalise(
     parameters = [p for p in critic.parameters() if p.requires_grad]
     whole = [*parameters, *batch.shared_leaves]
     attached = [*parameters, *batch.shared, *[t for t in batch.cut if t.requires_grad]]
+    if chunk_size % batch.group:
+        raise ValueError(f"chunk_size must be a multiple of group_size, got {chunk_size} for groups of {batch.group}")
     if not attached:
         return value(question, sources, points_of, chunk_size, findings)
     if batch.rows > 1 and critic.training not in findings.separate:
-        _check_separate(batch, whole, findings)
-        findings.separate.add(critic.training)
+        rows = min(max(2, chunk_size // batch.group), batch.rows)
+        if _check_separate(batch, rows, whole, findings):
+            findings.separate.add(critic.training)
 
     # Scores are scaled in the chunks' backward too: an fp16 critic's small gradients would vanish in it.
     upstream = 1.0 if question.grad_scale is None else question.grad_scale
@@ -98,7 +99,7 @@ def penalise(
     for part, points, pieces in batch.parts(chunk_size):
         wanted = [*whole, *[piece for piece in pieces if piece.requires_grad]]
         # One call is one step of a spectral norm's power iteration, however many chunks it takes.
-        with buffers.as_before() if answers else nullcontext():
+        with buffers.as_before() if answers else nullcontext(), _without_hooks(whole):
             answer, found = differentiate(part, points, wanted, upstream)
         answers.append(answer._replace(penalty=answer.penalty.detach()))
         # Not in place: autograd may have given one tensor to two parameters.
@@ -148,6 +149,20 @@ def _joined(answers: Sequence[Answer], reduce: bool) -> Answer:
     return Answer(penalty, norms, error)
 
 
+@contextmanager
+def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """A hook on a parameter is for its gradient, which is the sum of the chunks': it runs in the backward of that."""
+    hooked = [t._backward_hooks for t in leaves if t._backward_hooks]
+    hooks = [dict(each) for each in hooked]
+    for each in hooked:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, kept in zip(hooked, hooks, strict=True):
+            each.update(kept)
+
+
 class Known(torch.autograd.Function):
     """A number whose gradients, up to the upstream factor, are here already."""
 
@@ -178,9 +193,12 @@ def _with_known_parameters(question: Question, findings: Findings) -> Module:
     return question.critic
 
 
-def _check_separate(batch: Batch, whole: Sequence[Tensor], findings: Findings) -> None:
-    """Once per critic and mode: its samples do not see one another, and every parameter it reaches is known."""
-    question, points, pieces = batch.part(0, 2)
+def _check_separate(batch: Batch, rows: int, whole: Sequence[Tensor], findings: Findings) -> bool:
+    """Once per critic and mode: its samples do not see one another, and every parameter it reaches is known.
+
+    False where its scores have no gradient yet, as with a last layer of zeros: then there is nothing to see.
+    """
+    question, points, pieces = batch.part(0, rows)
     leaves = [x.detach().requires_grad_() for x in points]
     evaluations = Evaluations(findings, leaves[0].device)
     with torch.enable_grad():
@@ -194,14 +212,15 @@ def _check_separate(batch: Batch, whole: Sequence[Tensor], findings: Findings) -
                 f"critic must reach no parameters but its own with chunk_size, got one that reaches another, of shape "
                 f"{tuple(leaf.shape)}: make it a part of the critic, or hand it in critic_args"
             )
-    if scores.numel() % 2:
+    if scores.numel() % rows:
         raise ValueError(
-            f"critic must return as many scores for each sample with chunk_size, got {tuple(scores.shape)} for 2"
+            f"critic must return as many scores for each sample with chunk_size, got {tuple(scores.shape)} for {rows}"
         )
-    first = scores.reshape(2, -1)[0]
-    for gradient in input_gradients((first,), (torch.ones_like(first),), leaves, False, False):
-        if gradient is not None and gradient.reshape(2, -1)[1].any():
-            raise ValueError(
-                "critic must judge each sample by itself with chunk_size, got one whose first score depends on the "
-                "second sample (batch normalisation, minibatch statistics, or scores that do not lie sample by sample)"
-            )
+    with evaluations.buffers.as_before():  # for checkpoints, which run their part again
+        own, others = gradient_of_first(scores, leaves, rows, False)
+    if others:
+        raise ValueError(
+            "critic must judge each sample by itself with chunk_size, got one whose first score depends on the "
+            "second sample (batch normalisation, minibatch statistics, or scores that do not lie sample by sample)"
+        )
+    return own

@@ -29,11 +29,7 @@ class Kept:
 
 def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -> Answer:
     """Exact, and differentiable once."""
-    if findings.sharded or findings.replicas:
-        raise ValueError(
-            "method='compiled' cannot reach the hooks of DDP and FSDP from inside its graph, got such a critic: use "
-            "method='directional', or 'double_backward' under DDP"
-        )
+    refuse_hooks(bool(findings.sharded or findings.replicas))
     form, batch = question.form, points[0].shape[0]
     # Weight and grad_scale may change from step to step, and stay outside, or come in as a tensor.
     plain = form._replace(rows=1, scale=1.0, kappa=None)
@@ -69,6 +65,15 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
             "call belong in tensors, such as buffers"
         ) from error
     return Answer(penalty * form.scale, norms)
+
+
+def refuse_hooks(distributed: bool) -> None:
+    """Whoever compiles, we or the caller."""
+    if distributed:
+        raise ValueError(
+            "method='compiled' cannot reach the hooks of DDP and FSDP from inside its graph, got such a critic: use "
+            "method='directional', or 'double_backward' under DDP, and leave the call out of torch.compile"
+        )
 
 
 def _penalise(

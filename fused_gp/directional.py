@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from . import data_parallel, graph, torch_ops
 from .evaluations import Evaluations
 from .findings import Findings, Run
 from .form import PenaltyForm
-from .input_gradient import cotangent, input_gradients
+from .input_gradient import cotangent, gradient_of_first, input_gradients
 from .question import Answer, Question, unrelated
 from .rows import Order, from_rows, storage_order, to_rows
 
@@ -53,6 +55,10 @@ def penalise(
     """Run the critic three times; the gradient reaches its parameters, and the points where they are attached."""
     evaluations = Evaluations(findings, points[0].device)
     penalty, norms, difference = _direction(question, points, findings, evaluations, step, allow_kinks)
+    mode = findings.mode(points[0].device)
+    if evaluations.buffers.kept and mode not in findings.runs_once:
+        _refuse_checkpointed_buffers(evaluations.again(question), points, findings)
+        findings.runs_once.add(mode)
     dtype = norms.dtype
     again = evaluations.again(question)
     plus, minus = again.scores(difference.plus).to(dtype), again.scores(difference.minus).to(dtype)
@@ -86,7 +92,8 @@ def differentiate(
         scores = again.scores(ends)
         measured = measured + sign * scores.detach().sum(dtype=norms.dtype)
         ones = (torch.ones_like(scores) * (difference.factor * (sign * upstream))).to(scores.dtype)
-        _add(sums, input_gradients((scores,), (ones,), wanted, False, False))
+        with evaluations.buffers.as_before():
+            _add(sums, input_gradients((scores,), (ones,), wanted, False, False))
         del scores
     # What arrived at the points goes on to what they are made of.
     attached = [x for x in points if x.requires_grad]
@@ -129,7 +136,10 @@ def _direction(
             "half at any step. Use method='double_backward', or a smooth activation such as SiLU; allow_kinks=True "
             "insists."
         )
-    gradients = input_gradients((scores,), (cotangent(scores, question.grad_scale),), leaves, False, False)
+    if not form.reduce and not run.separate:
+        run.separate = _check_separate(scores, leaves, form.rows)
+    with evaluations.buffers.as_before():  # for checkpoints, which run their part again
+        gradients = input_gradients((scores,), (cotangent(scores, question.grad_scale),), leaves, False, False)
     if all(g is None for g in gradients):
         raise unrelated()
     del scores
@@ -249,14 +259,44 @@ def refuse_higher_order(what: str) -> None:
 
 def _row_sums(differences: Tensor, form: PenaltyForm) -> Tensor:
     """Of each row where each has its own penalty, of all where there is one."""
-    if form.reduce:
-        return differences.sum()
-    if differences.numel() % form.rows:
+    return differences.sum() if form.reduce else differences.reshape(form.rows, -1).sum(1)
+
+
+def _check_separate(scores: Tensor, leaves: Sequence[Tensor], rows: int) -> bool:
+    """Each sample's own difference is needed, so the scores must be of one each. False where that does not show yet."""
+    own, others = False, True
+    if scores.numel() % rows == 0:
+        own, others = gradient_of_first(scores, leaves, rows, True)
+    if others:
         raise ValueError(
-            "critic must return scores with the samples in front for reduction='none' with method='directional', got "
-            f"shape {tuple(differences.shape)} for {form.rows} of them"
+            "critic must judge each sample by itself, with the samples in front, for reduction='none' with "
+            f"method='directional', got scores of shape {tuple(scores.shape)} for {rows} of them that do not"
         )
-    return differences.reshape(form.rows, -1).sum(1)
+    return own
+
+
+def _refuse_checkpointed_buffers(question: Question, points: Sequence[Tensor], findings: Findings) -> None:
+    """A checkpoint runs its part again in the backward, where nobody sets the buffers back for each end."""
+    outside = _top_saved_tensors_default_hooks(True)
+    found = []
+
+    def look(part: Module, _: Any) -> None:
+        if _top_saved_tensors_default_hooks(True) is not outside:
+            found.append(type(part).__name__)
+
+    parts = [part for module in findings.alive() for part in module.modules() if part.training and part._buffers]
+    handles = [part.register_forward_pre_hook(look) for part in parts]
+    try:
+        question.scores([x.detach() for x in points])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        raise ValueError(
+            f"method='directional' runs the critic from one state of its buffers, and found {found[0]}, which has "
+            "some, under checkpointing (or other hooks on saved tensors), where it would run again from another: use "
+            "chunk_size, whose backward is inside the call, or leave that part out of the checkpoint"
+        )
 
 
 def _error(measured: Tensor, terms: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ class Buffers:
 
     def __init__(self, findings: Findings) -> None:
         parts = [part for module in findings.alive() for part in module.modules() if part.training]
-        self.buffers = [
+        self.kept = [
             (part._buffers, name, buffer.clone())
             for part in parts
             for name, buffer in part._buffers.items()
@@ -25,13 +25,13 @@ class Buffers:
     @contextmanager
     def as_before(self) -> Iterator[None]:
         """Inside, the critic has copies of its buffers as they were; what it writes to these is forgotten."""
-        now = [owner[name] for owner, name, _ in self.buffers]
-        for owner, name, before in self.buffers:
+        now = [owner[name] for owner, name, _ in self.kept]
+        for owner, name, before in self.kept:
             owner[name] = before.clone()
         try:
             yield
         finally:
-            for (owner, name, _), buffer in zip(self.buffers, now, strict=True):
+            for (owner, name, _), buffer in zip(self.kept, now, strict=True):
                 owner[name] = buffer
 
 

@@ -24,9 +24,10 @@ class Findings:
         parts = [(_joined(path, name), part) for path, module in modules for name, part in module.named_modules()]
         # The batch normalisations that may still have to be warned of.
         self.batch_norms = [(name, ref(part)) for name, part in parts if isinstance(part, _BatchNorm)]
-        self.sharded = any(_is_sharded(part) for _, part in parts)
-        self.replicas = [ref(part) for _, part in parts if isinstance(part, DistributedDataParallel)]
+        self.sharded = any(is_sharded(part) for _, part in parts)
+        self.replicas = [ref(part) for _, part in parts if is_replicated(part)]
         self.chosen: dict[Any, str] = {}  # what "auto" chose, by mode
+        self.runs_once: set[Any] = set()  # the modes in which no checkpoint runs a part with buffers again
         self.twice: set[Any] = set()  # the modes in which its graph can be differentiated twice
         self.runs: dict[Any, Run] = {}  # what one run showed, by all that may make another run another
         # Its samples do not see one another, and its parameters are all known: in training if True, or evaluation.
@@ -58,6 +59,7 @@ class Run:
     spacing: float  # between 1 and the next number of the coarsest type on the way
     step: float = 0.0  # of a difference, found by trial
     calls: int = 0  # that took this step
+    separate: bool = False  # each score is of one sample
 
 
 # By the critic, or by the first module that it calls; then by how it is called.
@@ -99,7 +101,11 @@ def _joined(*names: str) -> str:
     return ".".join(filter(None, names))
 
 
-def _is_sharded(module: Module) -> bool:
+def is_replicated(module: Any) -> bool:
+    return isinstance(module, DistributedDataParallel)
+
+
+def is_sharded(module: Any) -> bool:
     # Imported by whoever shards; importing it ourselves takes longer than importing torch.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))

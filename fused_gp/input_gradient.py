@@ -28,6 +28,14 @@ def input_gradients(
     )
 
 
+def gradient_of_first(scores: Tensor, points: Sequence[Tensor], rows: int, retain_graph: bool) -> tuple[bool, bool]:
+    """Whether the scores of the first row depend on its own points, and on those of other rows."""
+    first = scores.reshape(rows, -1)[0]
+    found = input_gradients((first,), (torch.ones_like(first),), points, False, retain_graph)
+    by_row = [gradient.reshape(rows, -1) for gradient in found if gradient is not None]
+    return any(bool(g[0].any()) for g in by_row), any(bool(g[1:].any()) for g in by_row)
+
+
 def cotangent(output: Tensor, grad_scale: float | Tensor | None, weight: float | Tensor = 1.0) -> Tensor:
     """That under which the gradient is the one of the output's weighted sum times grad_scale.
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map_only
 from . import chunks, compiled, data_parallel, directional, double_backward, functional, reference
 from .batch_norm import warn_of_batch_norm
 from .evaluations import Evaluations
-from .findings import Findings, findings_of
+from .findings import Findings, findings_of, is_replicated, is_sharded
 from .input_gradient import input_gradients
 from .method import Method
 from .question import Answer, Question
@@ -62,15 +62,16 @@ def _name(question: Question, points: list[Tensor], findings: Findings, method: 
     if mode not in findings.chosen:
         evaluations = Evaluations(findings, points[0].device)
         leaves = [x.detach().requires_grad_() for x in points]
-        try:
-            double_backward.penalise(evaluations.again(question), leaves, findings, create_graph=True)
-            findings.chosen[mode] = "double_backward"
-        except double_backward.OnlyOnce as obstacle:
+        with evaluations.buffers.as_before():
             try:
-                directional.penalise(evaluations.again(question), leaves, findings, method.step, method.allow_kinks)
-            except directional.Kinked as kinked:
-                raise ValueError(f"{obstacle} But {kinked}") from None
-            findings.chosen[mode] = "directional"
+                double_backward.penalise(evaluations.again(question), leaves, findings, create_graph=True)
+                findings.chosen[mode] = "double_backward"
+            except double_backward.OnlyOnce as obstacle:
+                try:
+                    directional.penalise(evaluations.again(question), leaves, findings, method.step, method.allow_kinks)
+                except directional.Kinked as kinked:
+                    raise ValueError(f"{obstacle} But {kinked}") from None
+                findings.chosen[mode] = "directional"
         evaluations.rewind()
     return findings.chosen[mode]
 
@@ -111,4 +112,5 @@ def _traced(
             f"{given} evaluates the critic step by step, and cannot be traced by torch.compile or torch.func: leave it "
             "out, or call the penalty outside the compiled function"
         )
+    compiled.refuse_hooks(is_replicated(question.critic) or is_sharded(question.critic))
     return functional.penalise(question, points_of(sources, reference))

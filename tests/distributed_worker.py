@@ -288,6 +288,15 @@ def _():
     return training(normalised, ddp(), method="directional")
 
 
+@case("ddp, compiled by the user")
+def _():
+    def penalise(critic, real, fake, alpha):
+        return fused_gradient_penalty(critic, real, fake, alpha=alpha)
+
+    run = torch.compile(penalise, fullgraph=True, backend="aot_eager")
+    run(DistributedDataParallel(smooth()), *samples())
+
+
 @case("ddp, buffers: chunks")
 def _():
     return training(normalised, ddp(), chunk_size=2)

@@ -351,6 +351,33 @@ def test_a_batch_of_one_proves_nothing():
         fused_gradient_penalty(critic, torch.randn(5, 6), torch.randn(5, 6), chunk_size=2)
 
 
+def test_hooks_on_parameters_run_once():
+    """On the whole gradient, in its backward, as without chunks."""
+    results, seen = [], []
+    for chunk_size in (None, 3):
+        torch.manual_seed(0)
+        critic, (real, fake) = mlp().double(), batch()
+        for p in critic.parameters():
+            p.register_hook(lambda gradient: seen.append(1) or gradient.clamp(-1e-3, 1e-3))
+        penalty = fused_gradient_penalty(critic, real, fake, alpha=0.5, chunk_size=chunk_size)
+        assert not seen
+        (penalty * 100).backward()
+        assert len(seen) == (3 if chunk_size is None else 4)  # the last bias has a gradient of zeros in chunks
+        seen.clear()
+        results.append([p.grad for p in critic.parameters()][:3])
+    assert_same(results[1], results[0])
+
+
+def test_a_last_layer_of_zeros_proves_nothing():
+    """Nothing depends on anything yet; looked at again when it does."""
+    critic = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), MinibatchStd(), mlp())
+    nn.init.zeros_(critic[3][2].weight)
+    fused_gradient_penalty(critic, torch.randn(5, 6), torch.randn(5, 6), chunk_size=2)
+    nn.init.ones_(critic[3][2].weight)
+    with pytest.raises(ValueError, match=f"^{re.escape(TOGETHER)}$"):
+        fused_gradient_penalty(critic, torch.randn(5, 6), torch.randn(5, 6), chunk_size=2)
+
+
 def test_evaluation_mode_proves_nothing_of_training():
     """Batch normalisation is harmless in the one and refused in the other."""
     critic = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1)).eval()

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from test_methods import ViT, conv, mlp
+from test_methods import Checkpointed, MinibatchStd, ViT, conv, mlp
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
@@ -199,6 +199,25 @@ def test_every_run_sees_the_same_state(wrapped):
     assert off(ours, truth) <= 1e-8
     for actual, expected in zip(ours_states, states, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_spectral_norm_under_a_checkpoint():
+    """Right in chunks, whose backward is inside the call; elsewhere it would run again from other buffers: refused."""
+    real, fake = samples(dtype=torch.float64)
+
+    def build():
+        torch.manual_seed(2)
+        return nn.Sequential(spectral_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    plain, critic = build(), build()
+    truth = gradient(reference.fused_gradient_penalty(plain, real, fake, alpha=0.5), plain)
+    given = Checkpointed(critic, use_reentrant=False)
+    options = {"alpha": 0.5, "method": "directional"}
+    assert off(gradient(fused_gradient_penalty(given, real, fake, chunk_size=8, **options), critic), truth) <= 1e-8
+    with pytest.raises(ValueError, match="and found _SpectralNorm, which has some, under checkpointing"):
+        fused_gradient_penalty(given, real, fake, **options)
+    fused_gradient_penalty(given.eval(), real, fake, **options).backward()
+    assert not any(part._forward_pre_hooks for part in given.modules())
 
 
 def test_first_order_passes_only():
@@ -658,11 +677,28 @@ def test_scores_of_a_shape_that_says_nothing_of_samples():
     critic = nn.Sequential(mlp(), nn.Flatten(0), nn.Unflatten(0, (1, 4)))
     critic = Widened(critic)
     words = (
-        "critic must return scores with the samples in front for reduction='none' with method='directional', got shape "
-        "(5,) for 4 of them"
+        "critic must judge each sample by itself, with the samples in front, for reduction='none' with "
+        "method='directional', got scores of shape (5,) for 4 of them that do not"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
         fused_gradient_penalty(critic, real, fake, method="directional", reduction="none")
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.T
+
+
+@pytest.mark.parametrize("layer", [MinibatchStd(), Transposed()], ids=["minibatch statistics", "(3, B)"])
+def test_samples_that_see_one_another_have_no_differences_of_their_own(layer):
+    """With reduction='mean' they need none."""
+    critic = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), layer).double()
+    batch = samples(4, dtype=torch.float64)
+    truth = gradient(reference.fused_gradient_penalty(critic, *batch, alpha=0.5), critic)
+    ours = gradient(fused_gradient_penalty(critic, *batch, alpha=0.5, method="directional"), critic)
+    assert off(ours, truth) <= 1e-8
+    with pytest.raises(ValueError, match="must judge each sample by itself, with the samples in front"):
+        fused_gradient_penalty(critic, *batch, method="directional", reduction="none")
 
 
 class Widened(nn.Module):

@@ -30,7 +30,7 @@ REFUSED = {
     "static_graph": "ValueError: critic must be a DistributedDataParallel without static_graph=True, got one with it: "
     "it takes the input gradient for the whole of the first backward, and would never reduce the weights' gradients",
     "compiled": "ValueError: method='compiled' cannot reach the hooks of DDP and FSDP from inside its graph, got such "
-    "a critic: use method='directional', or 'double_backward' under DDP",
+    "a critic: use method='directional', or 'double_backward' under DDP, and leave the call out of torch.compile",
     "sharded twice": "OnlyOnce: method='double_backward' must differentiate the critic twice, and found FSDP, which "
     "frees the weights and reduces their gradients in the first backward, that of the input gradient. Use "
     "method='directional'.",
@@ -84,7 +84,9 @@ def findings(request, tmp_path_factory):
 def test_case(findings, case):
     """The same on all ranks to the last bit, and as in one process; or refused at the call, and in which words."""
     found = findings[case]
-    if (expected := refusal(case)) is not None:
+    if case == "ddp, compiled by the user":  # the compiler puts our words among its own
+        assert REFUSED["compiled"].removeprefix("ValueError: ") in found["raised"]
+    elif (expected := refusal(case)) is not None:
         assert found == {"raised": expected}
     elif case == "fsdp2, kinked: auto":
         assert "found FSDP" in found["raised"]

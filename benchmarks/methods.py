@@ -214,6 +214,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     parser.add_argument("--peak-of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2, for a spread")
     if options.peak_of:
         print(peak_here(options.peak_of))
         return

@@ -118,6 +118,8 @@ def dead_end(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> tu
     except (RuntimeError, NotImplementedError) as error:
         words = str(error).splitlines()[0].rstrip(".")
         remedy = "method='directional' where the critic is smooth"
+        if "cudnn_rnn" in words:
+            remedy += ", or torch.backends.cudnn.flags(enabled=False)"
         if "attention" in words:
             remedy += ", or attention that autograd sees: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         return f'an operation of which autograd says "{words}"', remedy

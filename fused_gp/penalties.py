@@ -56,7 +56,8 @@ def fused_gradient_penalty(
 
     Args:
         critic: callable that takes the interpolated samples and returns one tensor with at least one score per
-            sample: (B,), (B, 1), or a map of patches. All its elements are summed. It runs once.
+            sample: (B,), (B, 1), or a map of patches. All its elements are summed. It runs once, except where `method`
+            or `chunk_size` says otherwise, and some more times in its first call with these, to be looked at.
         real: (B, ...) fp16, bf16, fp32 or fp64, any number of dimensions from 1, any memory format. Or a tuple, list
             or dict of such tensors with one B, nested as you like: each sample has one alpha and one norm over all of
             them, and the critic is called with the same structure as its one argument (``lambda x: critic(*x)`` takes
@@ -104,7 +105,7 @@ def fused_gradient_penalty(
             before you change them in place.
         return_error: also return, last, how far off the gradient may be, for logging: 0 where the method is exact; with
             "directional" the difference between the measured derivative of the scores and the one that the norms give,
-            relative to it, a scalar (the largest of the chunks').
+            relative to it, a scalar (the largest of the chunks'). It shows a bad step; it cannot show kinks.
 
     Returns:
         The penalty, a scalar, or (B,) with reduction "none"; with `return_norms`, the pair of it and the norms, (B,),

@@ -257,6 +257,15 @@ def _():
     return ours, gradients(alone)
 
 
+@case("ddp, in a dict")
+def _():
+    def in_a_dict(critic):
+        models = {"D": critic}
+        return lambda x: models["D"](x)
+
+    return training(kinked, ddp(), call=in_a_dict)
+
+
 @case("ddp, a backward each")
 def _():
     """Where each follows its own forward."""

@@ -104,6 +104,7 @@ CASES = {
     "one-sided": (FUSED, *NET, {"one_sided": True, "target": 0.1}),
     "zero-centred": (FUSED, *NET, {"target": 0.0}),
     "scaled": (FUSED, *NET, {"grad_scale": 8.0}),
+    "scaled by no power of two": (FUSED, *NET, {"grad_scale": 1000.0}),
     "scaled by a tensor": (FUSED, *NET, {"grad_scale": torch.tensor(8.0)}),
     "packed": (
         FUSED, lambda: nn.Sequential(nn.Unflatten(0, (-1, 2)), nn.Flatten(1), mlp(8)), lambda: pair(6),

@@ -346,6 +346,22 @@ def test_cell(kind, method):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["double_backward", "auto"])
+@pytest.mark.parametrize("kind", ["cuDNN", "attention"])
+def test_kernels_of_gpus_that_have_no_second_derivative(kind, method):
+    """Named at the call; "auto" takes the difference instead."""
+    critic = (Recurrent() if kind == "cuDNN" else ViT()).cuda()
+    real, fake = (x.float().cuda() for x in ((batch(4, 3), batch(4, 3)) if kind == "cuDNN" else images()))
+    if method == "auto":
+        fused_gradient_penalty(critic, real, fake, method=method).backward()
+        assert all(p.grad.isfinite().all() for p in critic.parameters() if p.grad is not None)
+        return
+    words = "_cudnn_rnn_backward" if kind == "cuDNN" else "attention"
+    with pytest.raises(ValueError, match=f"must differentiate the critic twice, and found .*{words}"):
+        fused_gradient_penalty(critic, real, fake, method=method)
+
+
 # Where "auto" finds double backward working.
 TWICE = [kind for kind, row in KINDS.items() if "double_backward" not in row.errors]
 

@@ -1,16 +1,17 @@
 """Where the tests run (torch, Triton's interpreter, a real device), and NaN in every tensor nobody has written to."""
 
 import os
+import sys
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.utils import counters
 
 
 def pytest_configure(config):
-    # The kernels become interpreted or compiled ones when they are imported. With `-m gpu` they are compiled.
+    # The kernels become interpreted or compiled ones when they are imported. With `-m gpu` they are compiled. Nothing may
+    # have imported Triton before, as torch._dynamo does.
+    assert "triton" not in sys.modules
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
 
@@ -88,7 +89,7 @@ def _no_graph_is_known(request):
     compiles = request.node.get_closest_marker("compiles")
     if compiles:
         torch._dynamo.reset()
-        counters.clear()
+        torch._dynamo.utils.counters.clear()
     yield
     if compiles:
         torch._dynamo.reset()
@@ -103,4 +104,4 @@ class Graphs:
     def __call__(self, graph, inputs):
         sizes = [size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape]
         self.symbolic.append(any(isinstance(size, torch.SymInt) for size in [*inputs, *sizes]))
-        return lookup_backend("aot_eager")(graph, inputs)
+        return torch._dynamo.backends.registry.lookup_backend("aot_eager")(graph, inputs)

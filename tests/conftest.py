@@ -9,8 +9,8 @@ import torch
 
 
 def pytest_configure(config):
-    # The kernels become interpreted or compiled ones when they are imported. With `-m gpu` they are compiled. Nothing may
-    # have imported Triton before, as torch._dynamo does.
+    # The kernels become interpreted or compiled ones when they are imported. With `-m gpu` they are compiled. Nothing
+    # may have imported Triton before, as torch._dynamo does.
     assert "triton" not in sys.modules
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"

@@ -594,7 +594,8 @@ def test_critics_in_containers_are_found():
     real, fake = samples(dtype=torch.float64)
     for behind in (
         lambda models, nets: lambda x: models["D"](x), lambda models, nets: lambda x: helper(x),
-        lambda models, nets: lambda x: nets.inner.D(x), lambda models, nets: lambda x: [nets.inner.D(y) for y in (x,)][0],
+        lambda models, nets: lambda x: nets.inner.D(x),
+        lambda models, nets: lambda x: sum(nets.inner.D(y) for y in (x,)),
         lambda models, nets: lambda x: sum(d(x) for d in models["all"]),
     ):  # fmt: skip
         results = []

@@ -138,10 +138,10 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
         elif isinstance(thing, Module):
             named = [(name, part) for name, part in thing._modules.items() if part is not None and name in names]
             modules.extend(named or [("", thing)])
-        elif isinstance(thing, dict):
-            visit_parts(thing.items(), names, all_of_it=True)
-        elif type(thing) in (list, tuple):
-            visit_parts(enumerate(thing), names, all_of_it=True)
+        elif isinstance(thing, (dict, list, tuple)):
+            if len(thing) <= 100:  # more are data
+                items = thing.items() if isinstance(thing, dict) else enumerate(thing)
+                visit_parts(items, names, all_of_it=True)
         elif hasattr(thing, "__dict__") and not isinstance(thing, (type, ModuleType)):
             others.append(thing)
             visit_parts(vars(thing).items(), names, all_of_it=False)
@@ -185,5 +185,12 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _weak(thing: Any) -> Any:
-    """As a part of a key that keeps nothing alive but numbers and words."""
-    return thing if isinstance(thing, (str, int, float, bool, type(None), CodeType)) else ref(thing)
+    """As a part of a key that keeps nothing alive but words. Of numbers, which may be others at each step, the type."""
+    if isinstance(thing, (str, bool, type(None), CodeType)):
+        return thing
+    try:
+        key = ref(thing)
+        hash(key)
+    except TypeError:
+        return type(thing)
+    return key

@@ -562,6 +562,23 @@ def test_a_critic_that_changes_is_looked_at_again():
         fused_gradient_penalty(functools.partial(activated, activation=torch.relu), *samples(), method="directional")
 
 
+def growing(critic, share, data):
+    return lambda x: critic(x) * (1 + share) + data[0]
+
+
+def test_numbers_behind_a_lambda_may_change(monkeypatch):
+    """The alpha of a growing critic, say: no new critic at each step, with a trial for each."""
+    looks = []
+    original = graph.nodes
+    monkeypatch.setattr(graph, "nodes", lambda outputs: looks.append(1) or original(outputs))
+    critic, data = mlp(), list(range(1000))
+    for step in range(4):
+        fused_gradient_penalty(growing(critic, step / 10, data), *samples(), method="directional")
+        if step == 0:
+            looks.clear()
+    assert not looks
+
+
 @pytest.mark.parametrize("first", ["lambda", "module"])
 def test_a_module_and_a_lambda_over_it(first):
     critic = mlp()

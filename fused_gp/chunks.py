@@ -19,7 +19,7 @@ from .directional import refuse_higher_order
 from .evaluations import Buffers, Evaluations
 from .findings import Findings
 from .form import accumulation_type
-from .input_gradient import gradient_of_first
+from .input_gradient import add_up, gradient_of_first
 from .question import Answer, Question
 
 # (question, points, leaves, upstream) -> the answer, and upstream times the penalty's gradient with respect to leaves
@@ -47,6 +47,10 @@ class Batch:
 
     def parts(self, chunk_size: int) -> Iterator[tuple[Question, list[Tensor], list[Tensor]]]:
         """One after the other, so that each can be forgotten before the next is made."""
+        if chunk_size % self.group:
+            raise ValueError(
+                f"chunk_size must be a multiple of group_size, got {chunk_size} for groups of {self.group}"
+            )
         for start in range(0, self.rows, chunk_size // self.group):
             yield self.part(start, min(start + chunk_size // self.group, self.rows))
 
@@ -81,8 +85,6 @@ def penalise(
     parameters = [p for p in critic.parameters() if p.requires_grad]
     whole = [*parameters, *batch.shared_leaves]
     attached = [*parameters, *batch.shared, *[t for t in batch.cut if t.requires_grad]]
-    if chunk_size % batch.group:
-        raise ValueError(f"chunk_size must be a multiple of group_size, got {chunk_size} for groups of {batch.group}")
     if not attached:
         return value(question, sources, points_of, chunk_size, findings)
     if batch.rows > 1 and critic.training not in findings.separate:
@@ -102,12 +104,7 @@ def penalise(
         with buffers.as_before() if answers else nullcontext(), _without_hooks(whole):
             answer, found = differentiate(part, points, wanted, upstream)
         answers.append(answer._replace(penalty=answer.penalty.detach()))
-        # Not in place: autograd may have given one tensor to two parameters.
-        for index, gradient in enumerate(found[: len(whole)]):
-            if gradient is not None:
-                gradient = gradient.to(accumulation_type(gradient.dtype))
-                so_far = sums[index]
-                sums[index] = gradient if so_far is None else so_far + gradient
+        add_up(sums, (None if g is None else g.to(accumulation_type(g.dtype)) for g in found[: len(whole)]))
         pieces_grads.append([
             torch.zeros_like(x) if g is None else g
             for x, g in zip(wanted[len(whole) :], found[len(whole) :], strict=True)

@@ -24,7 +24,7 @@ from . import data_parallel, graph, torch_ops
 from .evaluations import Evaluations
 from .findings import Findings, Run
 from .form import PenaltyForm
-from .input_gradient import cotangent, gradient_of_first, input_gradients
+from .input_gradient import add_up, cotangent, gradient_of_first, input_gradients
 from .question import Answer, Question, unrelated
 from .rows import Order, from_rows, storage_order, to_rows
 
@@ -93,7 +93,7 @@ def differentiate(
         measured = measured + sign * scores.detach().sum(dtype=norms.dtype)
         ones = (torch.ones_like(scores) * (difference.factor * (sign * upstream))).to(scores.dtype)
         with evaluations.buffers.as_before():
-            _add(sums, input_gradients((scores,), (ones,), wanted, False, False))
+            add_up(sums, input_gradients((scores,), (ones,), wanted, False, False))
         del scores
     # What arrived at the points goes on to what they are made of.
     attached = [x for x in points if x.requires_grad]
@@ -101,16 +101,8 @@ def differentiate(
     sums = sums[: len(inputs)]
     if arrived:
         outputs, cotangents = zip(*arrived, strict=True)
-        _add(sums, input_gradients(outputs, cotangents, inputs, False, False))
+        add_up(sums, input_gradients(outputs, cotangents, inputs, False, False))
     return Answer(penalty, norms, _error(measured * difference.factor, difference.terms)), sums
-
-
-def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    """Not in place: autograd may have given one tensor to two parameters."""
-    for index, gradient in enumerate(gradients):
-        so_far = sums[index]
-        if gradient is not None:
-            sums[index] = gradient if so_far is None else so_far + gradient
 
 
 def _direction(

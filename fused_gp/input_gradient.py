@@ -1,6 +1,6 @@
 """The gradient of scores with respect to the points they were given for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 
 import torch
@@ -34,6 +34,14 @@ def gradient_of_first(scores: Tensor, points: Sequence[Tensor], rows: int, retai
     found = input_gradients((first,), (torch.ones_like(first),), points, False, retain_graph)
     by_row = [gradient.reshape(rows, -1) for gradient in found if gradient is not None]
     return any(bool(g[0].any()) for g in by_row), any(bool(g[1:].any()) for g in by_row)
+
+
+def add_up(sums: list[Tensor | None], gradients: Iterable[Tensor | None]) -> None:
+    """Not in place: autograd may have given one tensor to two inputs."""
+    for index, gradient in enumerate(gradients):
+        so_far = sums[index]
+        if gradient is not None:
+            sums[index] = gradient if so_far is None else so_far + gradient
 
 
 def cotangent(output: Tensor, grad_scale: float | Tensor | None, weight: float | Tensor = 1.0) -> Tensor:

@@ -103,8 +103,12 @@ def test_groups_are_never_cut():
         return gradients(function(critic, real, fake, group_size=2, **options), critic.parameters())
 
     assert_same(run(fused_gradient_penalty, chunk_size=4), run(reference.fused_gradient_penalty))
-    with pytest.raises(ValueError, match=r"^chunk_size must be a multiple of group_size, got 3 for groups of 2$"):
-        fused_gradient_penalty(critic, real, fake, group_size=2, chunk_size=3)
+    for grad in (True, False):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(ValueError, match=r"^chunk_size must be a multiple of group_size, got 3 for groups of 2$"),
+        ):
+            fused_gradient_penalty(critic, real, fake, group_size=2, chunk_size=3)
 
 
 def test_labels_are_cut_with_the_samples():

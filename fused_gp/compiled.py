@@ -1,7 +1,7 @@
 """method="compiled": the penalty of one critic, compiled whole and kept for the next call. Exact."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -50,7 +50,7 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
     if scale is not None:
         scale = torch.as_tensor(scale, dtype=torch.bfloat16, device=points[0].device)  # in which it is exact
     try:
-        with _hooks_refused():
+        with _hooks_refused(), _everything_kept():
             penalty, norms = run(question.critic, points, question.structure, args, kwargs, scale, plain, group)
     except torch._dynamo.exc.TorchDynamoException as error:
         words = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
@@ -130,6 +130,13 @@ def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> 
     if found:
         culprit, remedy = found
         raise ValueError(f"method='compiled' must differentiate the critic twice, and found {culprit}. Use {remedy}.")
+
+
+def _everything_kept() -> Any:
+    """While a graph is compiled. Told to keep less, the compiler computes again what must not be: masks of dropout are
+    drawn anew, and the vectors of spectral norm are read after their update. The gradients are then wrong, in silence."""
+    config = torch._functorch.config
+    return nullcontext() if config.activation_memory_budget == 1 else config.patch(activation_memory_budget=1.0)
 
 
 _HOOKED = "method='compiled' refuses hooks on saved tensors"

@@ -177,6 +177,12 @@ def test_dropout_through_inductor():
     torch.testing.assert_close((slope * w).sum(), 2 * penalty.detach())
 
 
+def test_exact_where_torch_is_told_to_keep_less(graphs):
+    """A setting of the whole process, with which torch would read the vectors of spectral norm after their update."""
+    with torch._functorch.config.patch(activation_memory_budget=0.7):
+        test_exact(graphs, "spectral norm")
+
+
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda x: net(x)], ids=["module", "lambda"])
 def test_a_batch_size_is_compiled_once_and_all_others_together(graphs, wrap):
     """The first keeps its static graph. A lambda made anew at each step is no new critic."""

@@ -134,7 +134,7 @@ def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> 
 
 def _everything_kept() -> Any:
     """While a graph is compiled. Told to keep less, the compiler computes again what must not be: masks of dropout are
-    drawn anew, and the vectors of spectral norm are read after their update. The gradients are then wrong, in silence."""
+    drawn anew, and the vectors of spectral norm are read after their update. Gradients are then wrong, in silence."""
     config = torch._functorch.config
     return nullcontext() if config.activation_memory_budget == 1 else config.patch(activation_memory_budget=1.0)
 

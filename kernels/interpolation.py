@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .tiles import tile
+from .tiles import cdiv, tile
 
 
 @triton.jit
@@ -67,9 +67,9 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     rows, width = real.shape
     out = real.new_empty(rows, width)
     tiling = tile(rows, width, real.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        interpolate_kernel, triton.cdiv(rows, tiling.rows) * tiles, out,
+        interpolate_kernel, cdiv(rows, tiling.rows) * tiles, out,
         real, fake, alpha, out, rows, width, tiles, real.stride(0), fake.stride(0), ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip
     return out
@@ -83,9 +83,9 @@ def interpolate_adjoint(
     real_grad = cotangent.new_empty(rows, width) if real_needed else None
     fake_grad = cotangent.new_empty(rows, width) if fake_needed else None
     tiling = tile(rows, width, cotangent.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        interpolate_adjoint_kernel, triton.cdiv(rows, tiling.rows) * tiles, cotangent,
+        interpolate_adjoint_kernel, cdiv(rows, tiling.rows) * tiles, cotangent,
         cotangent, alpha, real_grad, fake_grad, rows, width, tiles, cotangent.stride(0),
         ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip
@@ -97,9 +97,9 @@ def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, 
     rows, width = points.shape
     plus, minus = points.new_empty(rows, width), points.new_empty(rows, width)
     tiling = tile(rows, width, points.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        perturb_kernel, triton.cdiv(rows, tiling.rows) * tiles, points,
+        perturb_kernel, cdiv(rows, tiling.rows) * tiles, points,
         points, gradients, column, plus, minus, rows, width, tiles, points.stride(0), gradients.stride(0),
         ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip

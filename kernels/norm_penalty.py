@@ -26,7 +26,7 @@ from torch import Tensor
 from fused_gp.form import PenaltyForm, accumulation_type
 
 from .launch import arrivals, launch
-from .tiles import reduction_tile, tile
+from .tiles import cdiv, reduction_tile, tile
 
 
 @triton.jit
@@ -260,8 +260,8 @@ def _reduce_rows(
         rows, width = g.shape
         reduce = form.reduce and result is not None
         tiling = reduction_tile(rows, width, g.element_size())
-        programs = triton.cdiv(rows, tiling.rows) * tiling.splits
-        slice_width = triton.cdiv(triton.cdiv(width, tiling.splits), tiling.cols) * tiling.cols
+        programs = cdiv(rows, tiling.rows) * tiling.splits
+        slice_width = cdiv(cdiv(width, tiling.splits), tiling.cols) * tiling.cols
         finishes = reduce or tiling.splits > 1  # only then are there partial sums, and somebody to finish them
         launch(
             reduce_rows_kernel, programs, g,
@@ -288,9 +288,9 @@ def _scale_rows(
     upstream = upstream.resolve_neg()
     out = gradients.new_empty(rows, width)
     tiling = tile(rows, width, gradients.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        scale_rows_kernel, triton.cdiv(rows, tiling.rows) * tiles, gradients,
+        scale_rows_kernel, cdiv(rows, tiling.rows) * tiles, gradients,
         gradients, cotangents, norms, dots, upstream, kappa_at, out,
         rows, width, tiles, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
         upstream.stride(0) if upstream.ndim else 0,

@@ -29,6 +29,11 @@ class Tiling(NamedTuple):
     splits: int = 1
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. On the host `triton.cdiv` takes longer than a launch may: it is there for kernels too."""
+    return -(-a // b)
+
+
 def _power_of_two_up_to(n: int) -> int:
     return 1 << (n.bit_length() - 1)
 

@@ -3,9 +3,9 @@
     python -m benchmarks.host [--rounds N] [--json FILE]
 
 On GPUs, batches of a GAN's size take less time to compute than to launch. Ours is timed up to the launch itself: every
-argument checked, every kernel chosen, its call written down. The snippet's operations are dispatched to CPU tensors, too
-small for their arithmetic to count. Rounds alternate between the two, and the ratio is taken round by round; below 1
-ours is cheaper. Nothing is computed by ours here, so there is nothing to compare; benchmarks.ops does.
+argument checked, every kernel chosen, its call written down. The snippet's operations are dispatched to CPU tensors,
+too small for their arithmetic to count. Rounds alternate between the two, and the ratio is taken round by round; below
+1 ours is cheaper. Nothing is computed by ours here, so there is nothing to compare; benchmarks.ops does.
 """
 
 import argparse

@@ -4,17 +4,64 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import triton
+from triton import knobs
+from triton.runtime import driver, jit
 from triton.runtime.interpreter import InterpretedFunction
 
 from .tiles import NUM_WARPS
 
+# The releases in which `JITFunction.run` was read: what it specialises a kernel on, and how it calls the one compiled.
+DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 8)
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
 
 def launch(kernel: Any, programs: int, tensor: torch.Tensor, *args: Any, **constants: Any) -> None:
-    """Run `kernel` on a grid of `programs`, on the device that holds `tensor`."""
-    # Triton launches on the current device, which need not be the tensor's. FMA contraction is asked for by name
-    # because Triton's default changes between versions.
-    with _current(tensor.device):
-        kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS, enable_fp_fusion=True)
+    """Run `kernel` on a grid of `programs`, on the device that holds `tensor`. Constants come in the kernel's order.
+
+    A kernel that was launched before is found by a key of our own and called as Triton would call it: at a GAN's sizes,
+    `kernel[grid]` takes longer than the kernel. For each argument the key holds what Triton itself specialises on (its
+    type; whether it is None, 1, a multiple of 16, aligned), by Triton's own function, so it is never coarser.
+    """
+    if not DIRECT or isinstance(kernel, InterpretedFunction) or _watched():
+        with _current(tensor.device):
+            _launch_by_triton(kernel, programs, args, constants)
+        return
+    device = driver.active.get_current_device()
+    holder = tensor.get_device()
+    if holder != device and holder >= 0:  # Triton launches on the current device. Below zero: on a null device
+        with _current(tensor.device):
+            return launch(kernel, programs, tensor, *args, **constants)
+    backend = kernel.device_caches[device][3]
+    specialize = jit.native_specialize_impl
+    values = constants.values()
+    key = (kernel.fn, device, *values, *[specialize(backend, arg, False, True, True) for arg in args])
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = _launch_by_triton(kernel, programs, args, constants)
+    else:
+        stream = driver.active.get_current_stream(device)
+        compiled.run(
+            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *values
+        )
+
+
+def _launch_by_triton(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    # FMA contraction is asked for by name because Triton's default changes between versions.
+    return kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS, enable_fp_fusion=True)
+
+
+def _watched() -> bool:
+    """Whether a profiler or a debugger is to see each launch, or has kernels compiled in its own way."""
+    runtime = knobs.runtime
+    return bool(
+        runtime.launch_enter_hook.calls
+        or runtime.launch_exit_hook.calls
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )
 
 
 def is_interpreted(kernel: Any) -> bool:

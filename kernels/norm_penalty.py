@@ -26,7 +26,7 @@ from torch import Tensor
 from fused_gp.form import PenaltyForm, accumulation_type
 
 from .launch import arrivals, launch
-from .tiles import elements, mask_of, reduction_tile, tile, tile_of
+from .tiles import cdiv, pointers, mask_of, power_of_two_from, reduction_tile, tile, tile_of
 
 
 @triton.jit
@@ -118,19 +118,19 @@ def reduce_rows_kernel(
         split = program % splits
         begin = split.to(tl.int64) * COLS
         mask = mask_of(in_batch, begin, width, COLS)
-        g = tl.load(elements(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0)
+        g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0)
         if DOUBLE:
-            u = tl.load(elements(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0)
+            u = tl.load(pointers(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0)
         lanes = tl.zeros((ROWS, COLS), acc)
         for _ in range(split, tiles, splits):
             # The next tile is on its way while this one is summed. ptxas, which would rather save registers, otherwise
             # waits for each of a thread's loads before it issues the next.
             begin += splits * COLS
             mask = mask_of(in_batch, begin, width, COLS)
-            next_g = tl.load(elements(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0)
+            next_g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0)
             x = g.to(acc) * kappa
             if DOUBLE:
-                next_u = tl.load(elements(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0)
+                next_u = tl.load(pointers(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0)
                 lanes += x * (u.to(acc) * kappa)
                 u = next_u
             else:
@@ -194,9 +194,9 @@ def scale_rows_kernel(
 
     row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
     if cotangents is not None:
-        u = tl.load(elements(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0).to(acc)
+        u = tl.load(pointers(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0).to(acc)
     if cotangents is None or not SQUARED:
-        g = tl.load(elements(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0).to(acc)
+        g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0).to(acc)
 
     # kappa goes with g, u and a one by one: its square would leave the range of fp32 where it does not.
     a = tl.load(upstream + row * upstream_stride, mask=in_batch, other=0.0) * scale * kappa
@@ -217,7 +217,7 @@ def scale_rows_kernel(
             value += bend[:, None] * (g * kappa * inverse[:, None])
     if out.dtype.element_ty != acc:  # fp64, where a half tensor is beside a fp64 one, has no cast to bf16 of its own
         value = value.to(tl.float32)
-    tl.store(elements(out, row, width, begin, COLS), value, mask=mask)
+    tl.store(pointers(out, row, width, begin, COLS), value, mask=mask)
 
 
 def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:
@@ -269,15 +269,16 @@ def _reduce_rows(
         rows, width = g.shape
         reduce = form.reduce and result is not None
         tiling = reduction_tile(rows, width, g.element_size())
-        programs = triton.cdiv(rows, tiling.rows * tiling.blocks) * tiling.splits
+        programs = cdiv(rows, tiling.rows * tiling.blocks) * tiling.splits
         finishes = reduce or tiling.splits > 1  # only then are there partial sums, and somebody to finish them
         launch(
             reduce_rows_kernel, programs, g,
             g, u, norms, carried, sums, result,
             norms.new_empty(programs) if finishes else None, arrivals(g.device) if finishes else None, kappa_at,
-            rows, width, triton.cdiv(width, tiling.cols), tiling.splits, tiling.blocks, g.stride(0), 0 if u is None else u.stride(0),
+            rows, width, cdiv(width, tiling.cols), tiling.splits, tiling.blocks,
+            g.stride(0), 0 if u is None else u.stride(0),
             kappa, form.eps, form.target, form.scale,
-            ROWS=tiling.rows, COLS=tiling.cols, SPLITS=triton.next_power_of_2(tiling.splits),
+            ROWS=tiling.rows, COLS=tiling.cols, SPLITS=power_of_two_from(tiling.splits),
             ONE_SIDED=form.one_sided, SQUARED=form.squared, LAST=index == last, REDUCE=reduce,
         )  # fmt: skip
         carried = sums
@@ -296,9 +297,9 @@ def _scale_rows(
     upstream = upstream.resolve_neg()
     out = gradients.new_empty(rows, width)
     tiling = tile(rows, width, gradients.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        scale_rows_kernel, triton.cdiv(rows, tiling.rows) * tiles, gradients,
+        scale_rows_kernel, cdiv(rows, tiling.rows) * tiles, gradients,
         gradients, cotangents, norms, dots, upstream, kappa_at, out,
         rows, width, tiles, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
         upstream.stride(0) if upstream.ndim else 0,

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import INTERPRETED
+from .interpolation import interpolate_kernel
+from .launch import is_interpreted
 
 MAX_THREADS = 1024  # of a program, on NVIDIA's and AMD's devices alike
 
@@ -59,7 +60,7 @@ def null_device(target: GPUTarget, index: int = 0) -> Iterator[list[Launch]]:
     Raises:
         RuntimeError: the kernels are interpreted: TRITON_INTERPRET=1 was set when they were imported.
     """
-    if INTERPRETED:
+    if is_interpreted(interpolate_kernel):
         raise RuntimeError(
             "null_device records launches of compiled kernels, but these are interpreted: TRITON_INTERPRET=1 was set "
             "when fused_gp.kernels was imported"
@@ -71,6 +72,11 @@ def null_device(target: GPUTarget, index: int = 0) -> Iterator[list[Launch]]:
         yield null.launches
     finally:
         driver.set_active(former)
+
+
+def is_null() -> bool:
+    """Whether Triton's current device is a null device."""
+    return isinstance(driver._active, _NullDriver)
 
 
 _below_zero = count(-1, -1)

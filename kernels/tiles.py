@@ -25,20 +25,29 @@ class Tiling(NamedTuple):
     blocks: int = 1
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. On the host `triton.cdiv` takes longer than a launch may: it is there for kernels too."""
+    return -(-a // b)
+
+
+def power_of_two_from(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def tile(rows: int, width: int, itemsize: int) -> Tiling:
     """For kernels that write every element: one tile per program, several short rows in one tile."""
     elements = TILE_BYTES // itemsize
-    cols = min(elements, triton.next_power_of_2(width))
-    return Tiling(min(elements // cols, triton.next_power_of_2(rows)), cols)
+    cols = min(elements, power_of_two_from(width))
+    return Tiling(min(elements // cols, power_of_two_from(rows)), cols)
 
 
 def reduction_tile(rows: int, width: int, itemsize: int) -> Tiling:
     """For row sums: at most `PROGRAMS` programs, and as many as that where there are tiles for them."""
     tiling = tile(rows, width, itemsize)
-    groups = triton.cdiv(rows, tiling.rows)
+    groups = cdiv(rows, tiling.rows)
     if groups >= PROGRAMS or tiling.rows > 1:
-        return tiling._replace(blocks=triton.cdiv(groups, PROGRAMS))
-    return tiling._replace(splits=min(PROGRAMS // rows, triton.cdiv(width, tiling.cols)))
+        return tiling._replace(blocks=cdiv(groups, PROGRAMS))
+    return tiling._replace(splits=min(PROGRAMS // rows, cdiv(width, tiling.cols)))
 
 
 @triton.jit
@@ -57,6 +66,6 @@ def mask_of(in_batch, begin, width, COLS: tl.constexpr):
 
 
 @triton.jit
-def elements(tensor, row, stride, begin, COLS: tl.constexpr):
+def pointers(tensor, row, stride, begin, COLS: tl.constexpr):
     # Pointers to a tile: one 64-bit address for each row, to which the columns are added.
     return (tensor + row * stride + begin)[:, None] + tl.arange(0, COLS)[None, :]

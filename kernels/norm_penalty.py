@@ -26,7 +26,7 @@ from torch import Tensor
 from fused_gp.form import PenaltyForm, accumulation_type
 
 from .launch import arrivals, launch
-from .tiles import cdiv, pointers, mask_of, power_of_two_from, reduction_tile, tile, tile_of
+from .tiles import cdiv, mask_of, pointers, power_of_two_from, reduction_tile, tile, tile_of
 
 
 @triton.jit

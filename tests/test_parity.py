@@ -182,13 +182,12 @@ def test_dense_rows_are_not_copied():
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_reductions_run_in_few_programs_and_each_has_work(itemsize):
-    """The last one to finish sums a partial of each in one tile; a program without a tile would be launched for nothing.
-    """
+    """The last one sums a partial of each in one tile; a program without a tile of its own would run for nothing."""
     from fused_gp.kernels.tiles import PROGRAMS, reduction_tile
 
     for rows, width in (
-        (1, 1), (1, 10**8), (4, 65536), (64, 12288), (64, 196608), (1023, 5000), (2047, 10**5), (2048, 10**5), (10**5, 1),
-        (10**5, 784), (10**5, 3072), (2**31 + 7, 3),
+        (1, 1), (1, 10**8), (4, 65536), (64, 12288), (64, 196608), (1023, 5000), (2047, 10**5), (2048, 10**5),
+        (10**5, 1), (10**5, 784), (10**5, 3072), (2**31 + 7, 3),
     ):  # fmt: skip
         tiling = reduction_tile(rows, width, itemsize)
         covered = tiling.rows * tiling.blocks

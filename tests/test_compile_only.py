@@ -152,7 +152,7 @@ def test_elements_moved(rows):
 
 
 def test_widths(rows):
-    """Of aligned rows each element is in one access of 16 bytes; beside them are the few numbers that belong to rows."""
+    """Of aligned rows each element is in one access of 16 bytes; besides, there are the few numbers that rows have."""
     for row in rows:
         if not is_aligned(row):
             continue

@@ -8,7 +8,7 @@ import torch
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference
 from fused_gp.rows import storage_order, to_rows
 
-from conftest import Place
+from conftest import PLACES, Place
 from tolerances import assert_near, row
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -194,6 +194,18 @@ def test_reductions_run_in_few_programs_and_each_has_work(itemsize):
         assert tiling.splits == 1 or covered == 1
         assert -(-rows // covered) * tiling.splits <= PROGRAMS
         assert (tiling.splits - 1) * tiling.cols < width
+
+
+@pytest.mark.parametrize("shape", [(7, 1100), (700, 40), (1, 5000), (2, 2500)], ids=str)
+@pytest.mark.parametrize("where", [place for place in PLACES if place.id != "torch"])
+def test_programs_that_share_a_row_or_walk_several(monkeypatch, where, shape):
+    """As large batches are reduced, with 5 programs at most instead of 2048; not always by a power of two."""
+    from fused_gp.kernels import tiles
+
+    monkeypatch.setattr(tiles, "PROGRAMS", 5)
+    gradients = gradients_like(shape, torch.float64, where.device)
+    for options in ({}, {"reduction": "none"}):
+        assert_same_to_second_order(options, gradients, where)
 
 
 CRITICS = {

@@ -39,8 +39,13 @@ def form(rows, one_sided=False, squared=False, kappa=None, reduce=True):
     return PenaltyForm(rows, 1.0, one_sided, squared, 1e-12, kappa, 1.0, reduce)
 
 
-def batch(shape, dtype=torch.float32, stride=None):
+def batch(shape, dtype, stride=None):
     return torch.empty_strided(shape, (stride or shape[1], 1), dtype=dtype)
+
+
+def beside(x):
+    """A batch of the shape of x whose rows follow one another, whatever the stride of x."""
+    return batch(x.shape, x.dtype)
 
 
 def column(x):
@@ -48,22 +53,22 @@ def column(x):
 
 
 def penalty(call, x, form, tensors=1):
-    gradients, norms = [x] * tensors, column(x)[:, 0]
+    gradients, cotangents, norms = [x] * tensors, [beside(x)] * tensors, column(x)[:, 0]
     upstream = norms.new_empty(()) if form.reduce else norms
     if call == "forward":
         kernels.penalty_forward(gradients, form)
     elif call == "backward":
         kernels.penalty_backward(gradients, norms, upstream, form)
     else:
-        kernels.penalty_double_backward(gradients, norms, upstream, gradients, form, True)
+        kernels.penalty_double_backward(gradients, norms, upstream, cotangents, form, True)
 
 
 # op: what to call on a batch x; launches; elements of a batch read, and written. Budgets: the table of the design.
 OPS = {
-    "interpolate": (lambda x: kernels.interpolate(x, x, column(x)), 1, 2, 1),
+    "interpolate": (lambda x: kernels.interpolate(x, beside(x), column(x)), 1, 2, 1),
     "adjoint": (lambda x: kernels.interpolate_adjoint(x, column(x), True, True), 1, 1, 2),
     "adjoint of fake": (lambda x: kernels.interpolate_adjoint(x, column(x), False, True), 1, 1, 1),
-    "perturb": (lambda x: kernels.perturb(x, x, column(x)), 1, 2, 2),
+    "perturb": (lambda x: kernels.perturb(x, beside(x), column(x)), 1, 2, 2),
     "forward": (lambda x: penalty("forward", x, form(len(x))), 1, 1, 0),
     "forward, squared": (lambda x: penalty("forward", x, form(len(x), squared=True, reduce=False)), 1, 1, 0),
     "backward": (lambda x: penalty("backward", x, form(len(x), one_sided=True)), 1, 1, 1),

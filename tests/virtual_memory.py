@@ -40,8 +40,8 @@ def virtual_memory():
 
 
 class Launch:
-    """A launch that was caught. After programs of it have `run`, the elements that they touched are in `read`,
-    `written` and, where they counted, `counted`: by the argument's name, numbers from 0, row by row, as often as touched.
+    """A launch that was caught. When programs of it have `run`, the elements they touched are in `read`, `written` and
+    `counted` (by an atomic): under the argument's name, numbers from 0, row by row, each as often as it was touched.
     """
 
     def __init__(self, fn, programs, values):

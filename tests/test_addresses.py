@@ -13,9 +13,15 @@ from virtual_memory import virtual_memory
 from fused_gp import kernels
 from fused_gp.form import PenaltyForm, accumulation_type
 
-# At 1, around a tile (2048 elements of fp32, 4096 of fp16, 1024 of fp64) and around the widths at which rows are split.
-SHAPES = [(1, 1), (1, 7), (2, 4), (7, 1), (3, 1023), (3, 1025), (5, 2047), (2, 2048), (3, 2049), (2, 4095), (2, 4097),
-          (1, 9001), (65, 33), (1023, 2), (1025, 3)]  # fmt: skip
+TILE = 8192  # bytes; the widths around one, and below and above those at which rows are split, are where grids change
+
+
+def shapes(dtype):
+    """From one element on, wide and tall; rows of one tile, more and less, and of several."""
+    tile = TILE // dtype.itemsize
+    small = [(1, 1), (1, 7), (2, 4), (7, 1), (65, 33), (1023, 2), (1025, 3)]
+    return [*small, (3, tile // 2 + 1), (3, tile - 1), (2, tile), (3, tile + 1), (2, 2 * tile + 1), (1, 4 * tile + 9)]
+
 
 # Past 2^31 elements: in one row, in all rows together, in many short rows; the last two are rows of a wider tensor.
 LARGE = [
@@ -86,7 +92,7 @@ OPS = {
 def test_every_element_once(op, dtype, gap):
     """All programs of each launch, on rows that follow one another and on rows of a wider tensor."""
     call, launches, reads, writes = OPS[op]
-    for shape in SHAPES:
+    for shape in shapes(dtype):
         with virtual_memory() as caught:
             call(batch(shape, dtype, shape[1] + gap))
         assert len(caught) == launches

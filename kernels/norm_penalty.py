@@ -149,8 +149,15 @@ def reduce_rows_kernel(
         tl.store(partials + program, tl.sum(share, axis=0))
 
     if REDUCE or SPLITS > 1:
-        # The last program to arrive finishes. The barrier puts every thread's partial before this program's arrival;
-        # the arrival releases it, and acquires those of the programs that arrived earlier.
+        # The last program to arrive finishes. On its way there every partial sum passes
+        #   the store       plain, by a thread that Triton chooses;
+        #   the barrier     the stores of all the program's threads come before the arrival, which one of them makes;
+        #   the arrival     a release: whoever sees it, sees what came before it, the other threads' stores included;
+        #                   and an acquire: this program sees what came before the arrivals counted so far (each took
+        #                   in the one before it). Which program is the last, and has to acquire, it tells only then;
+        #   a barrier       Triton's own, between the thread that arrived and those to which it hands the count;
+        #   the loads       plain: the acquire emptied the processor's cache of what it held from before.
+        # Loads and stores of anything else are of one program alone.
         tl.debug_barrier()
         programs = tl.num_programs(0)
         if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == programs - 1:
@@ -176,7 +183,6 @@ def reduce_rows_kernel(
                     )  # fmt: skip
             if REDUCE:
                 tl.store(penalty, grand_total)
-            tl.store(arrived, 0)
 
 
 @triton.jit

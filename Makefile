@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
+# `python -m` in a checkout that is not installed: submodules of fused_gp, such as its kernels, are looked for here too.
+FROM_CHECKOUT := $(PYTHON) -c 'import runpy, sys, fused_gp; fused_gp.__path__.append("$(CURDIR)"); \
+	runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
+
 .PHONY: demo test test-gpu bench bench-ops bench-systems bench-methods lint clean
 
 demo: .venv/demo
@@ -11,9 +15,11 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
-# The kernels compiled and run on the device at hand instead of interpreted. Needs the packages, no network.
+# The kernels compiled and run on the device at hand instead of interpreted. Needs torch, Triton, NumPy and pytest; no
+# network, and nothing is installed.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu $(ARGS)
+	@$(PYTHON) -c 'import numpy, pytest, torch, triton' || { echo "make test-gpu needs them beside $(PYTHON)" >&2; exit 1; }
+	$(FROM_CHECKOUT) pytest -m gpu $(ARGS)
 
 # The three have options of their own: give ARGS to one of them.
 bench: bench-ops bench-systems bench-methods

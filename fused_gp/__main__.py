@@ -1,6 +1,9 @@
-"""`python -m fused_gp`: what a bug report needs."""
+"""`python -m fused_gp`: what a bug report needs. `python -m fused_gp inspect`: what compilers make of the kernels."""
 
+import argparse
+import json
 import platform
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -9,8 +12,37 @@ import fused_gp
 
 from .backends import backend_for, triton_installed
 
+DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
 
 def main() -> int:
+    """The report, or what the command line asks for; the exit status."""
+    parser = argparse.ArgumentParser("python -m fused_gp", description=report.__doc__)
+    command = parser.add_subparsers(dest="command").add_parser(
+        "inspect",
+        help="compile every kernel for GPUs that need not be here, and print what came out",
+        description="Compile every kernel for each target, with no GPU, and print what came out. The columns are "
+        "explained in fused_gp/inspection.py.",
+    )
+    command.add_argument("--target", nargs="+", default=DEFAULT_TARGETS, help="GPUs, such as sm_90 or gfx942")
+    command.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    given = parser.parse_args()
+    if given.command is None:
+        return report()
+    if not triton_installed():
+        command.error("needs the package triton, which is not installed")
+    from .inspection import PROCESSORS, inspect, table  # only now: it imports Triton
+
+    unknown = [target for target in given.target if target not in PROCESSORS]
+    if unknown:
+        command.error(f"argument --target: must be among {', '.join(PROCESSORS)}; got {', '.join(unknown)}")
+    with ProcessPoolExecutor() as pool:
+        rows = [row for found in pool.map(inspect, given.target) for row in found]
+    print(json.dumps([row._asdict() for row in rows], indent=1) if given.json else table(rows))
+    return 0
+
+
+def report() -> int:
     """Versions, devices with the backend each would get, and a parity check on each; 1 if one fails."""
     print("fused_gp  ", fused_gp.__version__)
     print("python    ", platform.python_version(), "on", platform.platform())

@@ -36,7 +36,7 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
     if not triton_installed():
         raise ValueError("backend='triton' needs the package triton, which is not installed")
     kernels = _kernels()
-    if tensor.device.type not in TRITON_DEVICES and not (tensor.device.type == "cpu" and kernels.INTERPRETED):
+    if tensor.device.type not in TRITON_DEVICES and not (tensor.device.type == "cpu" and kernels.take_cpu_tensors()):
         raise ValueError(
             f"backend='triton' cannot run on {tensor.device.type} tensors: use backend='auto' or 'torch', or, to run "
             "the kernels on CPU tensors under Triton's interpreter, set TRITON_INTERPRET=1 before they are imported"

@@ -47,8 +47,8 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
         run = kept.variable
         points, args, kwargs = tree_map_only(Tensor, lambda t: _of_any_batch(t, batch), (list(points), args, kwargs))
     scale = question.grad_scale
-    if scale is not None:
-        scale = torch.as_tensor(scale, dtype=torch.bfloat16, device=points[0].device)  # in which it is exact
+    if scale is not None and not isinstance(scale, Tensor):  # in bf16 it is exact; filled in there, nobody waits for it
+        scale = torch.full((), scale, dtype=torch.bfloat16, device=points[0].device)
     try:
         with _hooks_refused(), _everything_kept():
             penalty, norms = run(question.critic, points, question.structure, args, kwargs, scale, plain, group)

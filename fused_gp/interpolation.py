@@ -77,8 +77,10 @@ class Interpolate(torch.autograd.Function):
         alpha, *ends = ctx.saved_tensors  # ends: real and fake, where alpha needs them
         real_needed, fake_needed, alpha_needed, _ = ctx.needs_input_grad
         real_grad = fake_grad = alpha_grad = None
-        if real_needed or fake_needed:
+        if (real_needed or fake_needed) and torch.is_grad_enabled():  # with create_graph
             real_grad, fake_grad = InterpolateAdjoint.apply(cotangent, alpha, real_needed, fake_needed, ctx.ops)
+        elif real_needed or fake_needed:
+            real_grad, fake_grad = ctx.ops.interpolate_adjoint(unit_stride(cotangent), alpha, real_needed, fake_needed)
         if alpha_needed:
             alpha_grad = alpha_gradient(cotangent, ends[0], ends[1], alpha.dtype)
         return real_grad, fake_grad, alpha_grad, None

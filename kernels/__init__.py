@@ -6,8 +6,15 @@ Importing this package imports Triton. `fused_gp.torch_ops` holds the same six f
 from .interpolation import interpolate, interpolate_adjoint, interpolate_kernel, perturb
 from .launch import is_interpreted
 from .norm_penalty import penalty_backward, penalty_double_backward, penalty_forward
+from .null_device import is_null
 
 INTERPRETED = is_interpreted(interpolate_kernel)
+
+
+def take_cpu_tensors() -> bool:
+    """Whether the kernels run in Triton's interpreter, or on a null device, where they are not run at all."""
+    return INTERPRETED or is_null()
+
 
 __all__ = [
     "INTERPRETED",
@@ -17,4 +24,5 @@ __all__ = [
     "penalty_double_backward",
     "penalty_forward",
     "perturb",
+    "take_cpu_tensors",
 ]

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .tiles import tile
+from .tiles import cdiv, pointers, tile, tile_of
 
 
 @triton.jit
@@ -14,14 +14,11 @@ def interpolate_kernel(
 ):
     # out_i = alpha_i fake_i + (1 - alpha_i) real_i, in the precision of alpha. Exact at alpha = 0 and alpha = 1.
     acc = alpha.dtype.element_ty
-    row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
-    mask = (row < rows)[:, None] & (col < width)[None, :]
-
-    a = tl.load(alpha + row, mask=row < rows, other=0.0)[:, None]
-    x = tl.load(real + row[:, None] * real_stride + col[None, :], mask=mask, other=0.0).to(acc)
-    y = tl.load(fake + row[:, None] * fake_stride + col[None, :], mask=mask, other=0.0).to(acc)
-    tl.store(out + row[:, None] * width + col[None, :], a * y + (1.0 - a) * x, mask=mask)
+    row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
+    x = tl.load(pointers(real, row, real_stride, begin, COLS), mask=mask, other=0.0).to(acc)
+    y = tl.load(pointers(fake, row, fake_stride, begin, COLS), mask=mask, other=0.0).to(acc)
+    a = tl.load(alpha + row, mask=in_batch, other=0.0)[:, None]
+    tl.store(pointers(out, row, width, begin, COLS), a * y + (1.0 - a) * x, mask=mask)
 
 
 @triton.jit
@@ -30,17 +27,13 @@ def interpolate_adjoint_kernel(
 ):
     # real_grad_i = (1 - alpha_i) cotangent_i,  fake_grad_i = alpha_i cotangent_i; a grad that is None is not written.
     acc = alpha.dtype.element_ty
-    row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
-    mask = (row < rows)[:, None] & (col < width)[None, :]
-
-    a = tl.load(alpha + row, mask=row < rows, other=0.0)[:, None]
-    c = tl.load(cotangent + row[:, None] * stride + col[None, :], mask=mask, other=0.0).to(acc)
-    out = row[:, None] * width + col[None, :]
+    row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
+    c = tl.load(pointers(cotangent, row, stride, begin, COLS), mask=mask, other=0.0).to(acc)
+    a = tl.load(alpha + row, mask=in_batch, other=0.0)[:, None]
     if real_grad is not None:
-        tl.store(real_grad + out, (1.0 - a) * c, mask=mask)
+        tl.store(pointers(real_grad, row, width, begin, COLS), (1.0 - a) * c, mask=mask)
     if fake_grad is not None:
-        tl.store(fake_grad + out, a * c, mask=mask)
+        tl.store(pointers(fake_grad, row, width, begin, COLS), a * c, mask=mask)
 
 
 @triton.jit
@@ -50,16 +43,12 @@ def perturb_kernel(
 ):  # fmt: skip
     # plus_i = points_i + c_i gradients_i,  minus_i = points_i - c_i gradients_i, in the precision of c.
     acc = column.dtype.element_ty
-    row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
-    mask = (row < rows)[:, None] & (col < width)[None, :]
-
-    c = tl.load(column + row, mask=row < rows, other=0.0)[:, None]
-    x = tl.load(points + row[:, None] * points_stride + col[None, :], mask=mask, other=0.0).to(acc)
-    g = tl.load(gradients + row[:, None] * gradients_stride + col[None, :], mask=mask, other=0.0).to(acc)
-    out = row[:, None] * width + col[None, :]
-    tl.store(plus + out, x + c * g, mask=mask)
-    tl.store(minus + out, x - c * g, mask=mask)
+    row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
+    x = tl.load(pointers(points, row, points_stride, begin, COLS), mask=mask, other=0.0).to(acc)
+    g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0).to(acc)
+    c = tl.load(column + row, mask=in_batch, other=0.0)[:, None]
+    tl.store(pointers(plus, row, width, begin, COLS), x + c * g, mask=mask)
+    tl.store(pointers(minus, row, width, begin, COLS), x - c * g, mask=mask)
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
@@ -67,9 +56,9 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     rows, width = real.shape
     out = real.new_empty(rows, width)
     tiling = tile(rows, width, real.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        interpolate_kernel, triton.cdiv(rows, tiling.rows) * tiles, out,
+        interpolate_kernel, cdiv(rows, tiling.rows) * tiles, out,
         real, fake, alpha, out, rows, width, tiles, real.stride(0), fake.stride(0), ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip
     return out
@@ -83,9 +72,9 @@ def interpolate_adjoint(
     real_grad = cotangent.new_empty(rows, width) if real_needed else None
     fake_grad = cotangent.new_empty(rows, width) if fake_needed else None
     tiling = tile(rows, width, cotangent.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        interpolate_adjoint_kernel, triton.cdiv(rows, tiling.rows) * tiles, cotangent,
+        interpolate_adjoint_kernel, cdiv(rows, tiling.rows) * tiles, cotangent,
         cotangent, alpha, real_grad, fake_grad, rows, width, tiles, cotangent.stride(0),
         ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip
@@ -97,9 +86,9 @@ def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, 
     rows, width = points.shape
     plus, minus = points.new_empty(rows, width), points.new_empty(rows, width)
     tiling = tile(rows, width, points.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        perturb_kernel, triton.cdiv(rows, tiling.rows) * tiles, points,
+        perturb_kernel, cdiv(rows, tiling.rows) * tiles, points,
         points, gradients, column, plus, minus, rows, width, tiles, points.stride(0), gradients.stride(0),
         ROWS=tiling.rows, COLS=tiling.cols,
     )  # fmt: skip

@@ -26,7 +26,7 @@ from torch import Tensor
 from fused_gp.form import PenaltyForm, accumulation_type
 
 from .launch import arrivals, launch
-from .tiles import reduction_tile, tile
+from .tiles import cdiv, mask_of, pointers, power_of_two_from, reduction_tile, tile, tile_of
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def finish_rows(
 @triton.jit
 def reduce_rows_kernel(
     gradients, cotangents, norms, carried, sums, penalty, partials, arrived, kappa_at,
-    rows, width, slice_width, gradients_stride, cotangents_stride,
+    rows, width, tiles, splits, blocks, gradients_stride, cotangents_stride,
     kappa: tl.float64, eps: tl.float64, target: tl.float64, scale: tl.float64,
     ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr,
     ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, LAST: tl.constexpr, REDUCE: tl.constexpr,
@@ -111,52 +111,70 @@ def reduce_rows_kernel(
     DOUBLE: tl.constexpr = cotangents is not None
 
     program = tl.program_id(0)
-    row = (program // SPLITS * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    in_batch = row < rows
-    begin = (program % SPLITS).to(tl.int64) * slice_width
-    end = tl.minimum(begin + slice_width, width)
-
-    lanes = tl.zeros((ROWS, COLS), acc)
-    for start in range(begin, end, COLS):
-        col = start + tl.arange(0, COLS)
-        mask = in_batch[:, None] & (col < width)[None, :]
-        g = tl.load(gradients + row[:, None] * gradients_stride + col[None, :], mask=mask, other=0.0).to(acc) * kappa
+    share = tl.zeros((ROWS,), acc)
+    for block in range(blocks):
+        row = ((program // splits).to(tl.int64) * blocks + block) * ROWS + tl.arange(0, ROWS)
+        in_batch = row < rows
+        split = program % splits
+        begin = split.to(tl.int64) * COLS
+        mask = mask_of(in_batch, begin, width, COLS)
+        g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0)
         if DOUBLE:
-            u = tl.load(cotangents + row[:, None] * cotangents_stride + col[None, :], mask=mask, other=0.0).to(acc)
-            lanes += g * (u * kappa)
-        else:
-            lanes += g * g
-    total = tl.sum(lanes, axis=1)
+            u = tl.load(pointers(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0)
+        lanes = tl.zeros((ROWS, COLS), acc)
+        for _ in range(split, tiles, splits):
+            # The next tile is on its way while this one is summed. ptxas, which would rather save registers, otherwise
+            # waits for each of a thread's loads before it issues the next.
+            begin += splits * COLS
+            mask = mask_of(in_batch, begin, width, COLS)
+            next_g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0)
+            x = g.to(acc) * kappa
+            if DOUBLE:
+                next_u = tl.load(pointers(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0)
+                lanes += x * (u.to(acc) * kappa)
+                u = next_u
+            else:
+                lanes += x * x
+            g = next_g
+        total = tl.sum(lanes, axis=1)
 
-    if SPLITS == 1:
-        value = finish_rows(
-            total, row, in_batch, norms, carried, sums, penalty, eps, target, scale,
-            ONE_SIDED, SQUARED, DOUBLE, LAST, REDUCE,
-        )  # fmt: skip
-        if REDUCE:
-            tl.store(partials + program, tl.sum(value, axis=0))
-    else:
-        tl.store(partials + program + tl.arange(0, 1), total)  # ROWS is 1 here
+        if SPLITS == 1:
+            share += finish_rows(
+                total, row, in_batch, norms, carried, sums, penalty, eps, target, scale,
+                ONE_SIDED, SQUARED, DOUBLE, LAST, REDUCE,
+            )  # fmt: skip
+        else:
+            tl.store(partials + program + tl.arange(0, 1), total)  # ROWS and blocks are 1 here
+    if SPLITS == 1 and REDUCE:
+        tl.store(partials + program, tl.sum(share, axis=0))
 
     if REDUCE or SPLITS > 1:
-        # The last program to arrive finishes. The barrier puts every thread's partial before this program's arrival;
-        # the arrival releases it, and acquires those of the programs that arrived earlier.
+        # The last program to arrive finishes. On its way there every partial sum passes
+        #   the store       plain, by a thread that Triton chooses;
+        #   the barrier     the stores of all the program's threads come before the arrival, which one of them makes;
+        #   the arrival     a release: whoever sees it, sees what came before it, the other threads' stores included;
+        #                   and an acquire: this program sees what came before the arrivals counted so far (each took
+        #                   in the one before it). Which program is the last, and has to acquire, it tells only then;
+        #   a barrier       Triton's own, between the thread that arrived and those to which it hands the count;
+        #   the loads       plain: the acquire emptied the processor's cache of what it held from before.
+        # Loads and stores of anything else are of one program alone.
         tl.debug_barrier()
         programs = tl.num_programs(0)
         if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == programs - 1:
             grand_total = tl.full((), 0.0, acc)
             if SPLITS == 1:
-                BLOCK: tl.constexpr = 1024
+                BLOCK: tl.constexpr = 2048
                 for first in range(0, programs, BLOCK):
                     index = first + tl.arange(0, BLOCK)
                     grand_total += tl.sum(tl.load(partials + index, mask=index < programs, other=0.0), axis=0)
             else:
-                FEW: tl.constexpr = 1024 // SPLITS
+                FEW: tl.constexpr = 2048 // SPLITS
                 for first in range(0, rows, FEW):
                     each = (first + tl.arange(0, FEW)).to(tl.int64)
                     known = each < rows
-                    index = each[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
-                    row_sums = tl.sum(tl.load(partials + index, mask=known[:, None], other=0.0), axis=1)
+                    index = each[:, None] * splits + tl.arange(0, SPLITS)[None, :]
+                    some = known[:, None] & (tl.arange(0, SPLITS) < splits)[None, :]
+                    row_sums = tl.sum(tl.load(partials + index, mask=some, other=0.0), axis=1)
                     grand_total += tl.sum(
                         finish_rows(
                             row_sums, each, known, norms, carried, sums, penalty, eps, target, scale,
@@ -165,7 +183,6 @@ def reduce_rows_kernel(
                     )  # fmt: skip
             if REDUCE:
                 tl.store(penalty, grand_total)
-            tl.store(arrived, 0)
 
 
 @triton.jit
@@ -181,24 +198,22 @@ def scale_rows_kernel(
     target = tl.full((), target, acc)
     scale = tl.full((), scale, acc)
 
-    row = (tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    col = (tl.program_id(0) % tiles).to(tl.int64) * COLS + tl.arange(0, COLS)
-    in_batch = row < rows
-    mask = in_batch[:, None] & (col < width)[None, :]
+    row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
+    if cotangents is not None:
+        u = tl.load(pointers(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0).to(acc)
+    if cotangents is None or not SQUARED:
+        g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0).to(acc)
 
     # kappa goes with g, u and a one by one: its square would leave the range of fp32 where it does not.
     a = tl.load(upstream + row * upstream_stride, mask=in_batch, other=0.0) * scale * kappa
     n = tl.load(norms + row, mask=in_batch, other=1.0)
     w = (a * row_weight(n, target, ONE_SIDED, SQUARED))[:, None]
     if cotangents is None:
-        g = tl.load(gradients + row[:, None] * gradients_stride + col[None, :], mask=mask, other=0.0).to(acc)
         value = w * (g * kappa)
     else:
-        u = tl.load(cotangents + row[:, None] * cotangents_stride + col[None, :], mask=mask, other=0.0).to(acc)
         value = w * (u * kappa)
         if not SQUARED:
             # (w'/n) s g = (2 t / n) (s / n) (g / n), in this order: 2 t / n^3 alone overflows for small n.
-            g = tl.load(gradients + row[:, None] * gradients_stride + col[None, :], mask=mask, other=0.0).to(acc)
             flat = n == 0.0
             if ONE_SIDED:
                 flat = n <= target
@@ -208,7 +223,7 @@ def scale_rows_kernel(
             value += bend[:, None] * (g * kappa * inverse[:, None])
     if out.dtype.element_ty != acc:  # fp64, where a half tensor is beside a fp64 one, has no cast to bf16 of its own
         value = value.to(tl.float32)
-    tl.store(out + row[:, None] * width + col[None, :], value, mask=mask)
+    tl.store(pointers(out, row, width, begin, COLS), value, mask=mask)
 
 
 def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:
@@ -260,16 +275,16 @@ def _reduce_rows(
         rows, width = g.shape
         reduce = form.reduce and result is not None
         tiling = reduction_tile(rows, width, g.element_size())
-        programs = triton.cdiv(rows, tiling.rows) * tiling.splits
-        slice_width = triton.cdiv(triton.cdiv(width, tiling.splits), tiling.cols) * tiling.cols
+        programs = cdiv(rows, tiling.rows * tiling.blocks) * tiling.splits
         finishes = reduce or tiling.splits > 1  # only then are there partial sums, and somebody to finish them
         launch(
             reduce_rows_kernel, programs, g,
             g, u, norms, carried, sums, result,
             norms.new_empty(programs) if finishes else None, arrivals(g.device) if finishes else None, kappa_at,
-            rows, width, slice_width, g.stride(0), 0 if u is None else u.stride(0),
+            rows, width, cdiv(width, tiling.cols), tiling.splits, tiling.blocks,
+            g.stride(0), 0 if u is None else u.stride(0),
             kappa, form.eps, form.target, form.scale,
-            ROWS=tiling.rows, COLS=tiling.cols, SPLITS=tiling.splits,
+            ROWS=tiling.rows, COLS=tiling.cols, SPLITS=power_of_two_from(tiling.splits),
             ONE_SIDED=form.one_sided, SQUARED=form.squared, LAST=index == last, REDUCE=reduce,
         )  # fmt: skip
         carried = sums
@@ -288,9 +303,9 @@ def _scale_rows(
     upstream = upstream.resolve_neg()
     out = gradients.new_empty(rows, width)
     tiling = tile(rows, width, gradients.element_size())
-    tiles = triton.cdiv(width, tiling.cols)
+    tiles = cdiv(width, tiling.cols)
     launch(
-        scale_rows_kernel, triton.cdiv(rows, tiling.rows) * tiles, gradients,
+        scale_rows_kernel, cdiv(rows, tiling.rows) * tiles, gradients,
         gradients, cotangents, norms, dots, upstream, kappa_at, out,
         rows, width, tiles, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
         upstream.stride(0) if upstream.ndim else 0,

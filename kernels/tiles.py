@@ -6,48 +6,86 @@ summation, and with it the last bits of every penalty.
 
 from typing import NamedTuple
 
-# Four warps, each thread with four 16-byte loads in flight: 128 threads x 64 bytes.
+import triton
+import triton.language as tl
+
+# A program is four warps, and a tile 8192 bytes of each tensor: 128 threads x 4 loads x 16 bytes. (Four wavefronts of
+# 64 are 256 threads, of 2 loads each.)
+#
+# To draw its whole bandwidth, a device must have asked for bandwidth x latency bytes that have not come yet (Little's
+# law). With the makers' bandwidths, and taking 0.8 us for an access to busy memory (1 us on the MI300X):
+#
+#                bandwidth    processors    bytes in flight    per processor
+#   A100 80 GB    2.0 TB/s       108            1.6 MB             15 KB
+#   H100          3.35 TB/s      132            2.7 MB             20 KB
+#   B200          8.0 TB/s       148            6.4 MB             43 KB
+#   MI300X        5.3 TB/s       304            5.3 MB             17 KB
+#
+# What fits a processor at once asks for more: 5 to 16 programs, the fewer the more registers their threads need to have
+# 32 to 128 bytes each on the way; 48 KB and more on all four. `python -m fused_gp inspect` prints it for each kernel,
+# and tests/test_compile_only.py holds it against this table.
 NUM_WARPS = 4
 TILE_BYTES = 8192
 
-# Rows alone fill a large GPU (132 to 304 compute units, several programs on each) from about this many programs on.
-FILL_PROGRAMS = 1024
-
-# Below this many elements a slice is too short to pay for its partial sum. On a cycle-level model of a V100, summing
-# 4 rows of 65,536 floats took 23,380 cycles with 1 program per row, 2,999 with 16 and 2,598 with 32 (this slice).
-MIN_SLICE = 2048
-
-# The last program to finish sums a row's partials in one tile, so their number is bounded.
-MAX_SPLITS = 1024
+# In a reduction, 2048 programs with a tile each on its way are 16.8 MB in flight: enough for any of them when rows and
+# slices come out at half as many. With more programs, and so more partial sums, the last one would have more to do
+# alone: 2048 are one tile for it, 16 a thread. On a cycle-level model of a V100, summing 4 rows of 65,536 floats took
+# 23,380 cycles with 1 program per row, 2,999 with 16 and 2,598 with 32, each one tile long.
+PROGRAMS = 2048
 
 
 class Tiling(NamedTuple):
-    """A program covers `rows` rows; it walks its slice of each in steps of `cols` elements."""
+    """Tiles of `rows` x `cols`. In a reduction `splits` programs share the tiles of a row, or one walks `blocks` tiles
+    of different rows, one after the other.
+    """
 
     rows: int
     cols: int
     splits: int = 1
+    blocks: int = 1
 
 
-def _power_of_two_up_to(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. On the host `triton.cdiv` takes longer than a launch may: it is there for kernels too."""
+    return -(-a // b)
 
 
-def _power_of_two_from(n: int) -> int:
+def power_of_two_from(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
 def tile(rows: int, width: int, itemsize: int) -> Tiling:
     """For kernels that write every element: one tile per program, several short rows in one tile."""
     elements = TILE_BYTES // itemsize
-    cols = min(elements, _power_of_two_from(width))
-    return Tiling(min(elements // cols, _power_of_two_from(rows)), cols)
+    cols = min(elements, power_of_two_from(width))
+    return Tiling(min(elements // cols, power_of_two_from(rows)), cols)
 
 
 def reduction_tile(rows: int, width: int, itemsize: int) -> Tiling:
-    """For row sums: rows that fit one tile share a program; a longer row is split where rows do not fill the chip."""
+    """For row sums: at most `PROGRAMS` programs, and as many as that where there are tiles for them."""
     tiling = tile(rows, width, itemsize)
-    if tiling.rows > 1 or rows >= FILL_PROGRAMS:
-        return tiling
-    splits = min(FILL_PROGRAMS // rows, width // max(MIN_SLICE, tiling.cols), MAX_SPLITS)
-    return tiling._replace(splits=_power_of_two_up_to(max(splits, 1)))
+    groups = cdiv(rows, tiling.rows)
+    if groups >= PROGRAMS or tiling.rows > 1:
+        return tiling._replace(blocks=cdiv(groups, PROGRAMS))
+    return tiling._replace(splits=min(PROGRAMS // rows, cdiv(width, tiling.cols)))
+
+
+@triton.jit
+def tile_of(program, rows, width, tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
+    # A program's tile: its rows, which of them exist, the column at which it begins, and which elements exist.
+    # Where tensors pass 2^31 elements, so may each of these products; inside a tile 32 bits do.
+    row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    begin = (program % tiles).to(tl.int64) * COLS
+    return row, row < rows, begin, mask_of(row < rows, begin, width, COLS)
+
+
+@triton.jit
+def mask_of(in_batch, begin, width, COLS: tl.constexpr):
+    left = tl.minimum(width - begin, COLS).to(tl.int32)
+    return in_batch[:, None] & (tl.arange(0, COLS) < left)[None, :]
+
+
+@triton.jit
+def pointers(tensor, row, stride, begin, COLS: tl.constexpr):
+    # Pointers to a tile: one 64-bit address for each row, to which the columns are added.
+    return (tensor + row * stride + begin)[:, None] + tl.arange(0, COLS)[None, :]

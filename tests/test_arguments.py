@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate
+from fused_gp import backends, fused_gradient_penalty, gradient_norm_penalty, interpolate, torch_ops
 
 GOOD = torch.randn(4, 3)
 
@@ -221,3 +222,25 @@ def test_triton_on_cpu_without_the_interpreter_says_what_to_do():
     printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "backend='triton' cannot run on cpu tensors: use backend='auto' or 'torch'" in printed.stdout
     assert "TRITON_INTERPRET=1" in printed.stdout
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "meta", "hpu", "mtia", "privateuseone"])
+def test_other_devices_take_plain_torch(kind):
+    """Triton has nothing for them; asking for it by name says so."""
+    tensor = SimpleNamespace(device=torch.device(kind), is_cpu=kind == "cpu")
+    assert backends.backend_for("auto", tensor) is torch_ops
+    if kind != "cpu":
+        with pytest.raises(ValueError, match=f"backend='triton' cannot run on {kind} tensors"):
+            backends.backend_for("triton", tensor)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])  # ROCm's tensors are of type "cuda"
+def test_triton_devices_take_the_kernels(monkeypatch, kind):
+    """Where Triton is installed; elsewhere plain torch."""
+    kernels = pytest.importorskip("fused_gp.kernels", reason="Triton is not installed")
+    tensor = SimpleNamespace(device=torch.device(kind), is_cpu=False)
+    assert backends.backend_for("auto", tensor) is kernels
+    assert backends.backend_for("triton", tensor) is kernels
+    assert backends.backend_for("torch", tensor) is torch_ops
+    monkeypatch.setattr(backends, "triton_installed", lambda: False)
+    assert backends.backend_for("auto", tensor) is torch_ops

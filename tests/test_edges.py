@@ -193,17 +193,3 @@ def test_bitwise_repeatable(place, shape):
     for _ in range(5):
         for one, two in zip(first, orders(gradient_norm_penalty, gradients, backend=place.backend), strict=True):
             assert one.equal(two)
-
-
-@pytest.mark.parametrize("shape", [(3, 9001), (300, 17)], ids=str)
-def test_one_counter_serves_launch_after_launch(monkeypatch, shape):
-    """As on a GPU stream: the last program to arrive leaves the counter at zero for the next launch."""
-    kernels = pytest.importorskip("fused_gp.kernels.norm_penalty", reason="Triton is not installed")
-    counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(kernels, "arrivals", lambda device: counter)
-    truth = orders(reference.gradient_norm_penalty, gradients := torch.randn(shape) * 3)
-    for _ in range(3):
-        penalty, norms, *_ = orders(gradient_norm_penalty, gradients, backend="triton")
-        torch.testing.assert_close(penalty, truth[0])
-        torch.testing.assert_close(norms, truth[1])
-        assert counter.item() == 0

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import fused_gp
 from fused_gp import GradientPenalty, fused_gradient_penalty, r1_penalty, reference

@@ -8,7 +8,7 @@ import torch
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference
 from fused_gp.rows import storage_order, to_rows
 
-from conftest import Place
+from conftest import PLACES, Place
 from tolerances import assert_near, row
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -181,13 +181,31 @@ def test_dense_rows_are_not_copied():
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_splits_are_not_shorter_than_a_tile(itemsize):
-    """A program with an empty slice would be launched for nothing."""
-    from fused_gp.kernels.tiles import reduction_tile
+def test_reductions_run_in_few_programs_and_each_has_work(itemsize):
+    """The last one sums a partial of each in one tile; a program without a tile of its own would run for nothing."""
+    from fused_gp.kernels.tiles import PROGRAMS, reduction_tile
 
-    for rows, width in ((1, 10**8), (4, 65536), (64, 12288), (64, 196608), (1023, 5000)):
+    for rows, width in (
+        (1, 1), (1, 10**8), (4, 65536), (64, 12288), (64, 196608), (1023, 5000), (2047, 10**5), (2048, 10**5),
+        (10**5, 1), (10**5, 784), (10**5, 3072), (2**31 + 7, 3),
+    ):  # fmt: skip
         tiling = reduction_tile(rows, width, itemsize)
-        assert tiling.splits * tiling.cols <= width
+        covered = tiling.rows * tiling.blocks
+        assert tiling.splits == 1 or covered == 1
+        assert -(-rows // covered) * tiling.splits <= PROGRAMS
+        assert (tiling.splits - 1) * tiling.cols < width
+
+
+@pytest.mark.parametrize("shape", [(15, 1100), (700, 40), (1, 5000), (2, 4000)], ids=str)
+@pytest.mark.parametrize("where", [place for place in PLACES if place.id != "torch"])
+def test_programs_that_share_a_row_or_walk_several(monkeypatch, where, shape):
+    """As large batches are reduced, with 7 programs at most instead of 2048: two rows have three programs each."""
+    from fused_gp.kernels import tiles
+
+    monkeypatch.setattr(tiles, "PROGRAMS", 7)
+    gradients = gradients_like(shape, torch.float64, where.device)
+    for options in ({}, {"reduction": "none"}):
+        assert_same_to_second_order(options, gradients, where)
 
 
 CRITICS = {

@@ -1,6 +1,10 @@
 """Properties that hold for every input, hunted with hypothesis."""
 
+import pytest
 import torch
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -1,0 +1,445 @@
+"""What Triton's compiler makes of every kernel, for GPUs that need not be here: `python -m fused_gp inspect`.
+
+Each variant that the launchers ask for is compiled on a null device, and read in the machine's own instructions.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+import fused_gp.kernels as kernels
+
+from . import arguments
+from .form import accumulation_type
+from .kernels.null_device import Launch, null_device
+
+
+class Processor(NamedTuple):
+    """A target, and how much of its multiprocessor (compute unit) programs may fill at once.
+
+    NVIDIA: "Technical Specifications per Compute Capability" in the CUDA C++ Programming Guide. AMD: wavefronts of one
+    SIMD and SIMDs of a compute unit, LLVM's "User Guide for AMDGPU Backend"; LLVM itself says how many would fit.
+    """
+
+    target: GPUTarget
+    threads: int
+    programs: int = 32
+    shared: int = 0
+
+
+def _nvidia(capability: int, threads: int, programs: int, shared_kib: int) -> Processor:
+    return Processor(GPUTarget("cuda", capability, 32), threads, programs, shared_kib * 1024)
+
+
+PROCESSORS = {
+    "sm_75": _nvidia(75, 1024, 16, 64),
+    "sm_80": _nvidia(80, 2048, 32, 164),
+    "sm_86": _nvidia(86, 1536, 16, 100),
+    "sm_89": _nvidia(89, 1536, 24, 100),
+    "sm_90": _nvidia(90, 2048, 32, 228),
+    "sm_100": _nvidia(100, 2048, 32, 228),
+    "sm_120": _nvidia(120, 1536, 24, 100),
+    "gfx90a": Processor(GPUTarget("hip", "gfx90a", 64), 4 * 8 * 64),
+    "gfx942": Processor(GPUTarget("hip", "gfx942", 64), 4 * 8 * 64),
+    "gfx1100": Processor(GPUTarget("hip", "gfx1100", 32), 2 * 16 * 32),
+}
+
+# Registers of an NVIDIA multiprocessor; a warp gets them 256 at a time, and warps come and go by fours.
+REGISTERS = 65536
+
+
+class Inspection(NamedTuple):
+    """One variant of a kernel on one target.
+
+    registers, spilled_bytes   of a thread
+    shared_bytes               of a program
+    loads, stores              {bits: instructions} on global memory of one thread, in the code that is counted: the
+                               loop over tiles; without one, all up to the arrival of the program (atomic), or the end
+    elements                   how many elements of a row a thread treats in that code
+    instructions               of any kind in that code
+    in_flight_bytes            the most that a thread has asked of memory before it waits for any of it
+    programs, occupancy        how many programs fit a multiprocessor at once, and which share of its threads they fill
+    moved, minimum             elements read and written for each element of the rows: by the code, and by the arguments
+    arrival                    accesses and barriers from the last store before the atomic to the first load after it
+    """
+
+    kernel: str
+    variant: str
+    dtype: str
+    target: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    elements: float
+    instructions: int
+    in_flight_bytes: int
+    programs: int
+    occupancy: float
+    moved: int
+    minimum: int
+    arrival: list[str]
+
+
+class Case(NamedTuple):
+    """A batch of rows, and which of the calls below are made on it."""
+
+    name: str
+    rows: int
+    width: int
+    dtypes: Sequence[torch.dtype]
+    calls: Sequence[str]
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+TWO = FLOATS[:2]
+SINGLE = FLOATS[:1]
+ELEMENTWISE = ("interpolate", "perturb", "backward", "double")
+MAIN = ("forward", *ELEMENTWISE)
+OPTIONS = ("one input", "one-sided", "squared", "several tensors")
+LONG = Case("long rows", 4, 65536, FLOATS, MAIN)
+
+# One case for each way in which rows are cut into programs (kernels/tiles.py), and for each specialisation of Triton's.
+CASES = (
+    LONG,
+    Case("many rows", 2049, 65536, TWO, ("forward", "double")),
+    Case("short rows", 64, 784, TWO, MAIN),
+    Case("many short rows", 16384, 784, SINGLE, ("forward", "double")),
+    Case("odd rows", 3, 9001, SINGLE, MAIN),
+    Case("rows of one", 64, 1, SINGLE, ("forward", "interpolate", "double")),
+    Case("one number", 1, 1, SINGLE, ("forward", "double")),
+    Case("past 2^31 elements", 2, 2**31 + 4096, (torch.float16,), MAIN),
+    Case("long rows", 4, 65536, SINGLE, OPTIONS),
+)
+
+
+def inspect(target: str, cases: Iterable[Case] = CASES) -> list[Inspection]:
+    """Compile the kernels for a target, one of `PROCESSORS`, and read what came out."""
+    found: dict[int, Inspection] = {}
+    with null_device(PROCESSORS[target].target) as launches:
+        for case in cases:
+            for dtype in case.dtypes:
+                for call in case.calls:
+                    launches.clear()
+                    _call(call, case.rows, case.width, dtype)
+                    for launch in launches:  # two calls may need the same kernel
+                        if id(launch.compiled) not in found:
+                            found[id(launch.compiled)] = _inspection(launch, case.name, target)
+    return list(found.values())
+
+
+def _call(call: str, rows: int, width: int, dtype: torch.dtype) -> None:
+    """The launchers, on memory that nothing ever touches."""
+    x = torch.empty(rows, width, dtype=dtype)
+    column = torch.empty(rows, 1, dtype=accumulation_type(dtype))
+    if call == "interpolate":
+        kernels.interpolate(x, x, column)
+        kernels.interpolate_adjoint(x, column, True, True)
+    elif call == "perturb":
+        kernels.perturb(x, x, column)
+    elif call == "one input":
+        kernels.interpolate_adjoint(x, column, True, False)
+        kernels.interpolate_adjoint(x, column, False, True)
+    elif call == "one-sided":
+        _penalty([x], one_sided=True, reduction="none")
+    elif call == "squared":
+        _penalty([x], squared=True)
+    elif call == "several tensors":
+        _penalty([x, x], grad_scale=torch.ones(()))
+        _penalty([x, x.double()])
+    else:
+        _penalty([x], orders=(call,))
+
+
+def _penalty(
+    gradients: list[torch.Tensor], orders: Sequence[str] = ("forward", "backward", "double"), one_sided: bool = False,
+    squared: bool = False, reduction: str = "mean", grad_scale: Any = None,
+) -> None:  # fmt: skip
+    form = arguments.options(gradients, 1.0, one_sided, 1e-12, 1.0, reduction, False, squared=squared)
+    if grad_scale is not None:
+        form = arguments.callers_scale(form, grad_scale, gradients)
+    norms = torch.empty(form.rows, dtype=accumulation_type(*[g.dtype for g in gradients]))
+    upstream = norms.new_empty(()) if form.reduce else norms
+    if "forward" in orders:
+        kernels.penalty_forward(gradients, form)
+    if "backward" in orders:
+        kernels.penalty_backward(gradients, norms, upstream, form)
+    if "double" in orders:
+        kernels.penalty_double_backward(gradients, norms, upstream, gradients, form, True)
+
+
+def _inspection(launch: Launch, case: str, target: str) -> Inspection:
+    processor, constants = PROCESSORS[target], launch.constexprs
+    machine = _Nvidia(launch.compiled) if processor.target.backend == "cuda" else _Amd(launch.compiled)
+    threads = launch.compiled.metadata.num_warps * processor.target.warp_size
+    programs = machine.programs(processor, threads)
+    code = machine.code[: machine.arrives_at()]
+    counted = [instruction for loop in _loops_over_tiles(code) for instruction in loop] or code
+
+    rows = {name: tensor for name, tensor in launch.arguments.items() if _is_batch(tensor, launch)}
+    dtype = next(iter(rows.values())).dtype
+    minimum = len(rows)
+    if launch.name == "scale_rows_kernel" and constants["SQUARED"] and "cotangents" in rows:
+        minimum -= 1  # w' = 0: the gradients do not matter
+    reads, writes = _moved(launch.compiled.asm["ttir"], f"{constants['ROWS']}x{constants['COLS']}x")
+
+    # A compiler may have unrolled the loop: its body then loads several tiles.
+    tile = constants["ROWS"] * constants["COLS"]
+    loaded = sum(i.load for i in counted) / 8 * threads
+    tiles = max(1, int(loaded / (tile * max(1, reads) * dtype.itemsize)))
+    return Inspection(
+        kernel=launch.name.removesuffix("_kernel"),
+        variant=", ".join([case, *_options(launch, dtype)]),
+        dtype=str(dtype).removeprefix("torch."),
+        target=target,
+        registers=machine.registers,
+        spilled_bytes=machine.spilled_bytes,
+        shared_bytes=launch.compiled.metadata.shared,
+        loads=dict(Counter(i.load for i in counted if i.load)),
+        stores=dict(Counter(i.store for i in counted if i.store)),
+        elements=tile * tiles / threads,
+        instructions=len(counted),
+        in_flight_bytes=machine.in_flight(code) // 8,
+        programs=programs,
+        occupancy=programs * threads / processor.threads,
+        moved=reads + writes,
+        minimum=minimum,
+        arrival=machine.arrival(),
+    )
+
+
+def _is_batch(value: Any, launch: Launch) -> bool:
+    given = launch.arguments
+    return isinstance(value, torch.Tensor) and value.ndim == 2 and value is not given.get("alpha", given.get("column"))
+
+
+def _options(launch: Launch, dtype: torch.dtype) -> Iterator[str]:
+    given, constants = launch.arguments, launch.constexprs
+    if launch.name == "interpolate_adjoint_kernel":
+        yield " and ".join(name for name in ("real", "fake") if given[name + "_grad"] is not None)
+    if given.get("cotangents") is not None:
+        yield "second order"
+    for name in ("carried", "kappa_at"):
+        if given.get(name) is not None:
+            yield name
+    for name in ("ONE_SIDED", "SQUARED"):
+        if constants.get(name):
+            yield name.lower().replace("_", "-")
+    if constants.get("LAST") is False:
+        yield "first of several"
+    elif constants.get("REDUCE") is False:
+        yield "no mean"
+    if "norms" in given and given["norms"].dtype != accumulation_type(dtype):
+        yield "beside float64"
+
+
+def _moved(ttir: str, tile: str) -> tuple[int, int]:
+    """How often each element of a tile is read, and written, in Triton's own code, before the program arrives.
+
+    Where a loop walks the tiles, its loads count, not the one before it that gives it the first tile.
+    """
+    passes: dict[int, Counter[str]] = {}  # by how many loops stand around an access
+    blocks: list[bool] = []  # those that are open, outermost first: is it a loop?
+    for line in ttir.partition("tt.atomic_rmw")[0].splitlines():
+        text = re.sub(r" loc\(\S*\)$", "", line.strip())
+        if text.startswith("}"):
+            blocks.pop()
+        access = re.search(rf"\btt\.(load|store) .*tensor<{tile}!tt\.ptr", text)
+        if access:
+            passes.setdefault(sum(blocks), Counter())[access[1]] += 1
+        if text.endswith("{"):
+            blocks.append("scf.for" in text or "scf.while" in text)
+    innermost = passes[max(passes)]
+    return innermost["load"], innermost["store"]
+
+
+class _Instruction(NamedTuple):
+    """load, store: bits of global memory that it moves. jump: where it goes on, as an index into the code."""
+
+    text: str
+    load: int = 0
+    store: int = 0
+    jump: int | None = None
+    waits: frozenset[int] = frozenset()  # NVIDIA: barriers that it waits for, and the one that its result will set
+    sets: int = -1
+
+
+def _loops_over_tiles(code: list[_Instruction]) -> list[list[_Instruction]]:
+    """The loops that load from global memory and hold no other such loop."""
+    spans = [(i.jump, at + 1) for at, i in enumerate(code) if i.jump is not None and i.jump <= at]
+    spans = [(begin, end) for begin, end in spans if any(i.load for i in code[begin:end])]
+    inner = [
+        (begin, end)
+        for begin, end in spans
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans)
+    ]
+    return [code[begin:end] for begin, end in inner]
+
+
+class _Nvidia:
+    """A cubin, through the tools in Triton's wheel."""
+
+    def __init__(self, compiled: Any) -> None:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
+        self.registers, self.spilled_bytes = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+        self.shared = compiled.metadata.shared
+        self.ptx = compiled.asm["ptx"]
+        self.code = [i for i in self._instructions(done.stdout) if i.text != "NOP"]
+
+    def _instructions(self, sass: str) -> Iterator[_Instruction]:
+        # /*0070*/  @P0 LDG.E.128 R8, desc[UR4][R2.64] ;  /* 0x... */, and in the next line the upper half of the
+        # encoding, which says what to wait for.
+        lines = re.findall(r"/\*(\w{4,})\*/\s+([^;]*?)\s*;\s+/\* 0x\w+ \*/\s+/\* 0x(\w+) \*/", sass)
+        kept = [int(address, 16) for address, text, _ in lines if text != "NOP"]
+        index = {address: at for at, address in enumerate(kept)}
+        for _, text, encoding in lines:
+            control = int(encoding, 16) >> 41
+            jump = re.search(r"\bBRA\b.* (?:`\()?(0x\w+)", text)
+            access = re.search(r"\b(LDG|STG)(\.\S+)", text)
+            suffix = re.search(r"\.(128|64|[US]16|[US]8)\b", access[2]) if access else None
+            width = int(suffix[1].lstrip("US")) if suffix else 32
+            yield _Instruction(
+                text,
+                load=width if access and access[1] == "LDG" else 0,
+                store=width if access and access[1] == "STG" else 0,
+                jump=index.get(int(jump[1], 16)) if jump else None,
+                waits=frozenset(barrier for barrier in range(6) if control >> 11 >> barrier & 1),
+                sets=control >> 5 & 7,
+            )
+
+    def arrives_at(self) -> int | None:
+        return next((at for at, i in enumerate(self.code) if "ATOM" in i.text), None)
+
+    def in_flight(self, code: list[_Instruction]) -> int:
+        waiting: Counter[int] = Counter()  # bits, by the barrier that says that they are there
+        most = 0
+        for instruction in code:
+            for barrier in instruction.waits:
+                waiting[barrier] = 0
+            waiting[instruction.sets] += instruction.load
+            most = max(most, waiting.total())
+        return most
+
+    def programs(self, processor: Processor, threads: int) -> int:
+        warps = REGISTERS // (-(-self.registers // 8) * 8 * 32) // 4 * 4
+        reserved = 0 if processor.target.arch < 80 else 1024  # of shared memory, for the system, by each program
+        fits = [processor.threads // threads, warps // (threads // 32), processor.programs]
+        if self.shared:
+            fits.append(processor.shared // (self.shared + reserved))
+        return min(fits)
+
+    def arrival(self) -> list[str]:
+        return _around_atomic(
+            re.findall(r"(?<![\w.])(?:ld\.global|st\.global|atom|bar\.sync|barrier|fence|membar)[\w.:]*", self.ptx),
+            atomic=r"atom", store=r"st\.global", load=r"ld\.global",
+        )  # fmt: skip
+
+
+_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")
+_AMD_WIDTHS = {"dwordx4": 128, "b128": 128, "dwordx3": 96, "b96": 96, "dwordx2": 64, "b64": 64, "dword": 32, "b32": 32}
+
+
+class _Amd:
+    """LLVM's assembly, which says itself what the kernel takes."""
+
+    def __init__(self, compiled: Any) -> None:
+        text = compiled.asm["amdgcn"]
+        used = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", text, re.M)}
+        self.registers = used["vgpr_count"] + used.get("agpr_count", 0)
+        spilled = used["vgpr_spill_count"] + used["sgpr_spill_count"]
+        self.spilled_bytes = used["private_segment_fixed_size"] + 4 * spilled
+        self.wavefronts = int(re.search(r"; Occupancy: (\d+)", text)[1])  # type: ignore[index]
+        self.old = "gfx9" in text.partition("\n")[0]
+        self.code = list(self._instructions(text))
+
+    def _instructions(self, text: str) -> Iterator[_Instruction]:
+        body = re.search(r"^\w+_kernel:.*?^\.Lfunc_end0:", text, re.M | re.S)[0]  # type: ignore[index]
+        lines = [line.partition(";")[0].strip() for line in body.splitlines()]
+        lines = [line for line in lines if re.match(r"[sv]_|ds_|global_|buffer_|flat_|scratch_|\.LBB", line)]
+        labels: dict[str, int] = {}
+        texts: list[str] = []
+        for line in lines:
+            if line.startswith(".LBB"):
+                labels[line.rstrip(":")] = len(texts)
+            elif not line.startswith("s_nop"):
+                texts.append(line)
+        for line in texts:
+            access = _AMD_ACCESS.match(line)
+            width = _AMD_WIDTHS.get(access[2], 16) if access else 0
+            jump = re.match(r"s_c?branch\w* (\S+)", line)
+            yield _Instruction(
+                line,
+                load=width if access and access[1] == "load" else 0,
+                store=width if access and access[1] == "store" else 0,
+                jump=labels.get(jump[1]) if jump else None,
+            )
+
+    def arrives_at(self) -> int | None:
+        return next((at for at, i in enumerate(self.code) if "_atomic_" in i.text), None)
+
+    def in_flight(self, code: list[_Instruction]) -> int:
+        waiting: list[int] = []  # bits, in the order in which they come; before gfx10 stores are counted among loads
+        most = 0
+        for instruction in code:
+            wait = re.search(r"vmcnt\((\d+)\)", instruction.text)
+            if wait:
+                waiting = waiting[len(waiting) - int(wait[1]) :] if int(wait[1]) else []
+            if instruction.load or (instruction.store and self.old):
+                waiting.append(instruction.load)
+                most = max(most, sum(waiting))
+        return most
+
+    def programs(self, processor: Processor, threads: int) -> int:
+        simds = 4 if processor.target.warp_size == 64 else 2
+        return self.wavefronts * simds * processor.target.warp_size // threads
+
+    def arrival(self) -> list[str]:
+        pattern = re.compile(r"(?:global|buffer|flat)_\w+|s_barrier|s_waitcnt.*vmcnt\(0\)|s_waitcnt_vscnt")
+        found = [match[0] for i in self.code if (match := pattern.match(i.text))]
+        return _around_atomic(found, atomic=r".*_atomic_", store=r".*_store_", load=r".*_load_")
+
+
+def _around_atomic(found: list[str], atomic: str, store: str, load: str) -> list[str]:
+    """From the last store before the atomic to the first load after it, without repetitions."""
+    at = next((at for at, text in enumerate(found) if re.match(atomic, text)), None)
+    if at is None:
+        return []
+    begin = max((i for i in range(at) if re.match(store, found[i])), default=0)
+    end = next((i for i in range(at, len(found)) if re.match(load, found[i])), len(found) - 1)
+    kept = found[begin : end + 1]
+    return [text for i, text in enumerate(kept) if i == 0 or text != kept[i - 1]]
+
+
+def table(inspections: Sequence[Inspection]) -> str:
+    """Aligned text, one line for each inspection."""
+    head = ("target", "kernel", "variant", "dtype", "regs", "spills", "shared", "loads", "stores", "loads/el",
+            "stores/el", "instr/el", "in flight", "programs", "occupancy", "moved/min")  # fmt: skip
+    lines = [head] + [
+        (
+            i.target, i.kernel, i.variant, i.dtype, str(i.registers), str(i.spilled_bytes), str(i.shared_bytes),
+            _widths(i.loads), _widths(i.stores), f"{sum(i.loads.values()) / i.elements:.2f}",
+            f"{sum(i.stores.values()) / i.elements:.2f}", f"{i.instructions / i.elements:.1f}",
+            f"{i.in_flight_bytes} B", str(i.programs), f"{i.occupancy:.0%}", f"{i.moved}/{i.minimum}",
+        )
+        for i in inspections
+    ]  # fmt: skip
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def _widths(accesses: dict[int, int]) -> str:
+    return " + ".join(f"{count} x {bits}" for bits, count in sorted(accesses.items(), reverse=True)) or "-"

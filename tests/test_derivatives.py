@@ -39,6 +39,8 @@ def test_interpolate(place):
 
     assert gradcheck(function, (*inputs, alpha))
     assert gradgradcheck(function, (*inputs, alpha))
+    # Alone: beside alpha's, a gradient without a graph of its own would go unnoticed.
+    assert gradgradcheck(lambda real, fake: function(real, fake, alpha.detach()), inputs)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -3,23 +3,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test test-gpu bench bench-ops bench-systems bench-methods lint clean
+.PHONY: demo test test-gpu bench bench-gpu bench-systems bench-methods lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup --benchmark-disable $(ARGS)
 
 # The kernels compiled and run on the device at hand instead of interpreted. Needs the packages, no network.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 
-# The three have options of their own: give ARGS to one of them.
-bench: bench-ops bench-systems bench-methods
+# Against the peers, on this machine; ARGS=--quick takes a minute. A whole run writes benchmarks/results and the pages.
+bench: .venv/peers
+	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-ops: .venv/dev
-	$(BIN)/python -m benchmarks.ops $(ARGS)
+# The same on the device at hand. Needs torch and numpy, no network; where matplotlib is missing, the pictures wait for
+# `python -m benchmarks.report`.
+bench-gpu:
+	$(PYTHON) -m benchmarks --device cuda $(ARGS)
 
 bench-systems: .venv/dev
 	$(BIN)/python -m benchmarks.systems $(ARGS)
@@ -45,3 +48,8 @@ clean:
 .venv/dev: .venv/bin/python pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@ .venv/demo
+
+# Peers that are packages.
+.venv/peers: .venv/dev
+	$(BIN)/python -m pip install -c constraints.txt -e '.[peers]'
+	touch $@

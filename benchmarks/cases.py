@@ -1,7 +1,9 @@
 """The suite. Sizes that are for devices only would take a CPU too long."""
 
+from dataclasses import replace
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,10 +34,7 @@ def cases(device: str) -> list[Case]:
         PenaltyCase("MLP", MNIST, critic=partial(critics.mlp, 784)),
         PenaltyCase("packed table", (500, 100), critic=partial(critics.Packed, 100), group_size=10),
         PenaltyCase("DCGAN", (batch, 3, 64, 64), critic=critics.dcgan, options=chunked),
-        *(
-            PenaltyCase("DCGAN", (batch, 3, 64, 64), dtype, critic=critics.dcgan)
-            for dtype in (HALVES if large else ())
-        ),
+        *(PenaltyCase("DCGAN", (batch, 3, 64, 64), dtype, critic=critics.dcgan) for dtype in (HALVES if large else ())),
         PenaltyCase("WGAN-GP ResNet", (batch, 3, 32, 32), critic=critics.resnet),
         PenaltyCase("spectral-norm ResNet", (batch, 3, 32, 32), critic=critics.spectral_resnet),
         PenaltyCase(
@@ -45,7 +44,9 @@ def cases(device: str) -> list[Case]:
             options=(*few, {"chunk_size": 1}, {"method": "directional"}, {"method": "directional", "chunk_size": 1}),
         ),
         TrainingCase("MLP", (256, 2), generator=generators.points, critic=partial(critics.mlp, 2)),
-        TrainingCase("DCGAN", (64, 3, 32, 32), generator=partial(generators.dcgan, 32), critic=partial(critics.dcgan, 32)),
+        TrainingCase(
+            "DCGAN", (64, 3, 32, 32), generator=partial(generators.dcgan, 32), critic=partial(critics.dcgan, 32)
+        ),
     ]
 
 
@@ -64,12 +65,23 @@ def quick(device: str) -> list[Case]:
     ]
 
 
-def smallest(device: str) -> list[Case]:
-    """Of each name and type the smallest: every function of the suite once."""
+def smallest() -> list[Case]:
+    """Every kind of case once, at a size of which many run in a second."""
     found: dict[tuple[str, str, torch.dtype], Case] = {}
-    for case in sorted(cases(device), key=lambda case: prod(case.shape)):
+    for case in sorted(cases("cpu"), key=lambda case: prod(case.shape)):
         found.setdefault((case.group, case.name, case.dtype), case)
-    return list(found.values())
+    return [_cut(case) for case in found.values()]
+
+
+def _cut(case: Case) -> Case:
+    """To two samples, or groups of them."""
+    if isinstance(case, OpCase):
+        return case
+    changes: dict[str, Any] = {
+        "options": tuple(o | ({"chunk_size": 1} if "chunk_size" in o else {}) for o in case.options)
+    }
+    batch = 2 * case.group_size if isinstance(case, PenaltyCase) else 2
+    return replace(case, shape=(batch, *case.shape[1:]), **changes)
 
 
 def measured_for_memory(case: Case) -> bool:

@@ -15,7 +15,9 @@ def mlp(inputs: int, width: int = 512) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *hidden, nn.ReLU(), nn.Linear(width, 1))
 
 
-def dcgan(size: int = 64, width: int = 64, activation: Callable[[], nn.Module] = lambda: nn.LeakyReLU(0.2)) -> nn.Module:
+def dcgan(
+    size: int = 64, width: int = 64, activation: Callable[[], nn.Module] = lambda: nn.LeakyReLU(0.2)
+) -> nn.Module:
     """Convolutions of stride 2 down to 4 x 4, without batch normalisation, as WGAN-GP has it."""
     widths = [3, *(width << level for level in range(size.bit_length() - 3))]
     layers: list[nn.Module] = []
@@ -27,7 +29,9 @@ def dcgan(size: int = 64, width: int = 64, activation: Callable[[], nn.Module] =
 class Residual(nn.Module):
     """The pre-activation block of the WGAN-GP paper's ResNets; down-sampling is a mean."""
 
-    def __init__(self, inputs: int, outputs: int, down: bool, first: bool, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, down: bool, first: bool, wrap: Callable[[nn.Module], nn.Module]
+    ) -> None:
         super().__init__()
         self.down, self.first = down, first
         self.one, self.two = wrap(nn.Conv2d(inputs, outputs, 3, 1, 1)), wrap(nn.Conv2d(outputs, outputs, 3, 1, 1))

@@ -1,6 +1,6 @@
 """Peak memory of one step of a contestant, in a process of its own.
 
-    python -m benchmarks.footprint DEVICE KEY CONTESTANT
+python -m benchmarks.footprint DEVICE KEY CONTESTANT
 """
 
 import os

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import intervals, timing
-from benchmarks.case import Case, Entry, Step
+from benchmarks.case import Case, Step
 from benchmarks.ours import COMPILED, OURS, truth
-from benchmarks.peers import Absent
+from benchmarks.peers import Absent, Peer
 
 SEED = 1
 # Of values and gradients, relative to fp64 from the same rounded inputs, in the Euclidean norm. Peers round every
@@ -45,50 +45,51 @@ def tolerance(case: Case, device: str) -> float:
     return TOLERANCE[case.dtype]
 
 
-def entrants(case: Case, device: str, compiling: bool = True) -> tuple[dict[str, Entry], list[Row], Any]:
-    """Those that gave the right numbers, a row for each contestant, and the inputs.
+class Gate:
+    """Lets a contestant pass whose numbers are right."""
 
-    A row has the error and the seconds of the first call, or, of a peer that cannot run or is wrong, the reason why it
-    is not timed. Ours may fail nothing.
-    """
-    inputs = case.inputs(device)
-    wanted = seeded(case.enter(truth(), case.exact(inputs)).check)
-    entries: dict[str, Entry] = {}
-    rows: list[Row] = []
-    for name, make in case.contestants().items():
-        row: Row = {"group": case.group, "case": case.name, "shape": list(case.shape), "dtype": _name(case.dtype),
-                    "contestant": name}  # fmt: skip
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device, self.inputs = case, device, case.inputs(device)
+        self.wanted = seeded(case.enter(truth(), case.exact(self.inputs)).check)
+        self.about: Row = {
+            "group": case.group, "case": case.name, "shape": list(case.shape),
+            "dtype": str(case.dtype).removeprefix("torch."),
+        }  # fmt: skip
+
+    def enter(self, name: str, make: Callable[[], Peer]) -> tuple[Step | None, Row]:
+        """What is to be timed, and a row with the error and the seconds of the first call; of a peer that is wrong or
+        cannot run, no step and the reason. Ours may fail nothing.
+        """
+        row: Row = self.about | {"contestant": name}
         try:
-            peer = make()
-            if peer.compiles and not compiling:
-                continue
-            entry = case.enter(peer, inputs)
+            entry = self.case.enter(make(), self.inputs)
             start = time.perf_counter()
             results = seeded(entry.check)
-            timing.synchronize(device)
+            timing.synchronize(self.device)
             row["first_call_s"] = time.perf_counter() - start
-            row["error"] = error(results, wanted)
-            if not row["error"] <= tolerance(case, device):
-                raise Wrong(f"relative error {row['error']:.1e}, more than {tolerance(case, device):.0e}")
+            row["error"] = error(results, self.wanted)
+            allowed = tolerance(self.case, self.device)
+            if not row["error"] <= allowed:  # NaN is not
+                raise Wrong(f"relative error {row['error']:.1e}, more than {allowed:.0e}")
         except Absent as absent:
-            row["absent"] = str(absent)
+            return None, row | {"absent": str(absent)}
         except Exception as failure:
             if name.startswith(OURS):
                 raise
-            row["failed"] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"
-        else:
-            entries[name] = entry
-        rows.append(row)
-    return entries, rows, inputs
+            return None, row | {"failed": f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}"}
+        return entry.step, row
 
 
 def measure(case: Case, device: str, budget: float, rounds: int | None, copy_gb_s: float) -> list[Row]:
     torch._dynamo.reset()  # no case's graphs count against another's
-    entries, rows, inputs = entrants(case, device)
-    yardsticks = case.yardsticks(inputs)
-    steps = {name: entry.step for name, entry in entries.items()} | yardsticks
+    gate = Gate(case, device)
+    entered = {name: gate.enter(name, make) for name, make in case.contestants().items()}
+    steps = {name: step for name, (step, _) in entered.items() if step}
+    rows = [row for _, row in entered.values()]
+    yardsticks = case.yardsticks(gate.inputs)
+    rows += [gate.about | {"contestant": name} for name in yardsticks]
+    steps |= yardsticks
     number, turns = timing.interleaved(steps, device, budget, rounds)
-    rows += [rows[0] | {"contestant": name, "first_call_s": None, "error": None} for name in yardsticks]
     for row in rows:
         name = row["contestant"]
         if name not in turns:
@@ -127,5 +128,7 @@ def _ratio(theirs: list[timing.Turn], ours: list[timing.Turn], what: str) -> lis
     return list(intervals.median([getattr(a, what) / getattr(b, what) for a, b in zip(theirs, ours, strict=True)]))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def warm_compiler() -> None:
+    """What the compiler does once in a process is not the first contestant's."""
+    x = torch.ones(8, requires_grad=True)
+    torch.compile(lambda x: x.sin().sum())(x).backward()

@@ -60,7 +60,9 @@ CRITICS = {
         ),
     ),
     "conv, LeakyReLU": Critic(dcgan, 64, ({}, *chunked(16), {"method": "compiled"})),
-    "conv, SiLU": Critic(partial(dcgan, activation=nn.SiLU), 64, ({"method": "directional"}, *chunked(16, method="directional"))),
+    "conv, SiLU": Critic(
+        partial(dcgan, activation=nn.SiLU), 64, ({"method": "directional"}, *chunked(16, method="directional"))
+    ),
 }
 GROWTH = [(options, batch) for options in ({"chunk_size": 2}, {}) for batch in (8, 16, 32)]
 PEER = "the lines by hand"

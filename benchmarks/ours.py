@@ -19,7 +19,6 @@ def ours(**options: Any) -> Callable[[], Peer]:
             partial(fused_gradient_penalty, **options),
             interpolate,
             gradient_norm_penalty,
-            compiles=options.get("method") == "compiled",
             groups=True,
         )
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import ops
 from benchmarks.case import Case, Entry, Step
 from benchmarks.ours import contestants, ours
-from benchmarks.peers import PEERS, Absent, Peer
+from benchmarks.peers import Peer, peers_of_calls
 
 TWO_OPS = "the two ops alone"
 
@@ -33,7 +33,7 @@ class PenaltyCase(Case):
     options: tuple[dict[str, Any], ...] = ({}, {"method": "compiled"})  # of our call, one contestant each
 
     def contestants(self) -> dict[str, Callable[[], Peer]]:
-        return {**contestants(*self.options), **PEERS}
+        return {**contestants(*self.options), **peers_of_calls(len(self.shape))}
 
     def inputs(self, device: str) -> Inputs:
         torch.manual_seed(0)
@@ -45,7 +45,7 @@ class PenaltyCase(Case):
 
     def enter(self, peer: Peer, inputs: Inputs) -> Entry:
         critic = copy.deepcopy(inputs.critic)
-        penalty = self.penalty_of(peer, inputs.real.ndim)
+        penalty = self.penalty_of(peer)
         weights = list(critic.parameters())
 
         def step() -> list[Tensor]:
@@ -55,10 +55,8 @@ class PenaltyCase(Case):
 
         return Entry(step, step)
 
-    def penalty_of(self, peer: Peer, ndim: int) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    def penalty_of(self, peer: Peer) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
         """For groups, whoever knows none of them is given the rows of a group as one row: a view."""
-        if peer.ndim not in (None, ndim):
-            raise Absent(f"takes tensors of {peer.ndim} dimensions only")
         if self.group_size == 1:
             return peer.gradient_penalty
         if peer.groups:

@@ -26,7 +26,9 @@ COLOURS = {OURS: "#d1495b", COMPILED: "#8c1c13", COPIES: "#000000"} | {
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     every = contests(rows)
-    one = [contest for contest in every if contest.dtype == "float32" and (contest.group != "op" or contest.name == BOTH)]
+    one = [
+        contest for contest in every if contest.dtype == "float32" and (contest.group != "op" or contest.name == BOTH)
+    ]
     ops = [contest for contest in one if contest.group == "op"]
     calls = [contest for contest in one if contest.group != "op"]
     remembered = [contest for contest in every if any("peak_mb" in row for row in contest.rows.values())]
@@ -37,11 +39,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.suptitle(
         f"Measured on {about['machine']}\n{about['versions']}; commit {about['commit']}, {about['date']}", fontsize=10
     )
-    for axes, some, title in zip(
-        top.subplots(1, 2), (ops, calls), ("the two ops, forward and backward", "with a critic; a training step"), strict=True
-    ):
+    panels = ((ops, "the two ops, forward and backward"), (calls, "with a critic; a training step"))
+    panels = [(some, title) for some, title in panels if some]
+    for axes, (some, title) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         ratios(axes, some, title)
-    sizes(middle.subplots(), ops, about["machine"])
+    if ops:
+        sizes(middle.subplots(), ops)
     if remembered:
         for axes, contest in zip(bottom.subplots(1, len(remembered), squeeze=False)[0], remembered, strict=True):
             peaks(axes, contest)
@@ -67,8 +70,9 @@ def ratios(axes: Axes, some: list[Contest], title: str) -> None:
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
             place += 1
-        label = contest.label if contest.group == "penalty" else shape(contest.shape)
-        label = f"training step,\n{contest.label}" if contest.group == "training step" else label.replace(" ", "\n", 0)
+        label = shape(contest.shape) if contest.group == "op" else contest.label.replace(" ", "\n", 1)
+        if contest.group == "training step":
+            label = f"training step, {contest.label}"
         ticks.append(((start + place - 1) / 2, label))
         place += 1
     axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
@@ -81,7 +85,7 @@ def ratios(axes: Axes, some: list[Contest], title: str) -> None:
     axes.legend(unique.values(), unique.keys(), fontsize=8, loc="lower right")
 
 
-def sizes(axes: Axes, ops: list[Contest], machine: str) -> None:
+def sizes(axes: Axes, ops: list[Contest]) -> None:
     """Time against size; the roof is the bytes that the step has to move, at the speed of copying."""
     ordered = sorted(ops, key=lambda contest: prod(contest.shape))
     what = "device_ms" if any("device_ms" in contest.rows[OURS] for contest in ordered) else "ms"
@@ -91,8 +95,7 @@ def sizes(axes: Axes, ops: list[Contest], machine: str) -> None:
             label = f"{name} of as many bytes" if name == COPIES else name
             axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=label, markersize=3, linewidth=1.5)
     roof = [(prod(c.shape), 1e-6 * c.rows[OURS]["bytes"] / c.rows[OURS]["copy_gb_s"]) for c in ordered]
-    if roof:
-        axes.plot(*zip(*roof, strict=True), "--", color="grey", label="the same bytes at copy bandwidth")
+    axes.plot(*zip(*roof, strict=True), "--", color="grey", label="the same bytes at copy bandwidth")
     axes.set(xscale="log", yscale="log", xlabel="elements of the batch, fp32", ylabel="milliseconds")
     axes.set_title("interpolation + penalty, forward and backward: time against size", fontsize=11)
     axes.legend(fontsize=8)

@@ -1,6 +1,6 @@
 """Pictures, docs/benchmarks.md and the README's numbers, made of the runs committed in benchmarks/results/.
 
-    python -m benchmarks.report
+python -m benchmarks.report
 """
 
 import re
@@ -96,7 +96,9 @@ def numbers(cpu: Rows, cuda: Rows) -> str:
         lines = []
         for contest in contests(rows):
             if contest.group == "op" and contest.name == BOTH and contest.dtype == "float32":
-                found = {name: row[f"over {OURS}"] for name, row in contest.rows.items() if name in PEERS and "ms" in row}
+                found = {
+                    name: row[f"over {OURS}"] for name, row in contest.rows.items() if name in PEERS and "ms" in row
+                }
                 fastest = min(found, key=lambda name: found[name][0])
                 cells = [shape(contest.shape), interval(found["snippet"]), fastest, interval(found[fastest])]
                 lines.append(cells)

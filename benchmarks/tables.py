@@ -105,7 +105,13 @@ def roof(contest: Contest) -> list[str]:
 def ops(every: list[Contest]) -> Table:
     peers = [name for name in PEERS if name not in ("torch.func", COMPILED_PEER, "ctgan")]
     rows = [
-        [contest.name, shape(contest.shape), contest.time(OURS), *(contest.ratio(name) for name in peers), *roof(contest)]
+        [
+            contest.name,
+            shape(contest.shape),
+            contest.time(OURS),
+            *(contest.ratio(name) for name in peers),
+            *roof(contest),
+        ]
         for contest in every
         if contest.group == "op" and contest.name != BOTH
     ]

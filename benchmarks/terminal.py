@@ -1,5 +1,9 @@
-"""A progress bar and tables; plain lines where rich is missing, as on a machine with a device and no network."""
+"""A progress bar and tables; plain lines where rich is missing, as on a machine with a device and no network.
 
+The intervals of the ratios are in the JSON and on the page; here they would make every table too wide.
+"""
+
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import TypeVar
@@ -31,15 +35,20 @@ def track(jobs: Sequence[tuple[str, T]]) -> Iterator[T]:
 def show(tables: Iterable[Table]) -> None:
     if not RICH:
         for table in tables:
-            print("", table.title, *("  ".join(row) for row in [table.headings, *table.rows]), table.note, sep="\n")
+            lines = ("  ".join(map(_short, row)) for row in [table.headings, *table.rows])
+            print("", table.title, *lines, table.note, sep="\n")
         return
     from rich import table as rich_table
     from rich.console import Console
 
     console = Console()
-    console.width = max(console.width, 130)
+    console.width = max(console.width, 120)
     for table in tables:
         drawn = rich_table.Table(*table.headings, title=table.title, caption=table.note, title_justify="left")
         for row in table.rows:
-            drawn.add_row(*row)
+            drawn.add_row(*map(_short, row))
         console.print(drawn)
+
+
+def _short(cell: str) -> str:
+    return re.sub(r" \([\d.]+ to [\d.]+\)$", "", cell)

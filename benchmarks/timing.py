@@ -65,13 +65,13 @@ def interleaved(
         steps[name]()
     once = {name: min(seconds(steps[name], device) for _ in range(3)) for name in names}
     number = max(1, round(SHORTEST_TURN / min(once.values())))
-    passes = 1 if device == "cpu" else 3  # by the clock; and behind the busy device, which waits twice as long
-    if rounds is None:
-        wanted = int(budget / (passes * number * sum(once.values())))
-        rounds = min(max(wanted, ROUNDS[0]), ROUNDS[1])
     order = random.Random(0)
     turns: dict[str, list[Turn]] = {name: [] for name in names}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    least, most = ROUNDS if rounds is None else (rounds, rounds)
+    for done in range(most):
+        if done >= least and time.perf_counter() - start > budget:
+            break
         order.shuffle(names)
         for name in names:
             turns[name].append(turn(steps[name], device, number))

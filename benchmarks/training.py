@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks import generators
 from benchmarks.case import Case, Entry, Step
 from benchmarks.ours import contestants
-from benchmarks.peers import PEERS, Absent, Peer
+from benchmarks.peers import Peer, peers_of_calls
 from benchmarks.penalty import TWO_OPS, two_ops
 
 CRITIC_UPDATES = 5
@@ -34,7 +34,7 @@ class TrainingCase(Case):
     options: tuple[dict[str, Any], ...] = ({}, {"method": "compiled"})
 
     def contestants(self) -> dict[str, Callable[[], Peer]]:
-        return {**contestants(*self.options), **PEERS}
+        return {**contestants(*self.options), **peers_of_calls(len(self.shape))}
 
     def inputs(self, device: str) -> Inputs:
         torch.manual_seed(0)
@@ -47,8 +47,6 @@ class TrainingCase(Case):
         return Inputs(*modules, inputs.real.double(), inputs.latent.double())
 
     def enter(self, peer: Peer, inputs: Inputs) -> Entry:
-        if peer.ndim not in (None, inputs.real.ndim):
-            raise Absent(f"takes tensors of {peer.ndim} dimensions only")
         run = Run(inputs, peer.gradient_penalty)
         return Entry(run.critic_gradients, run.step)
 

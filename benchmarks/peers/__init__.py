@@ -23,4 +23,12 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "ctgan": ctgan.peer,
 }
 
-__all__ = ["PEERS", "Absent", "Peer"]
+TABLES_ONLY = {"ctgan"}
+
+
+def peers_of_calls(ndim: int) -> dict[str, Callable[[], Peer]]:
+    """Those with a whole penalty of samples of so many dimensions, the batch's included."""
+    return {name: peer for name, peer in PEERS.items() if ndim == 2 or name not in TABLES_ONLY}
+
+
+__all__ = ["PEERS", "Absent", "Peer", "peers_of_calls"]

@@ -25,6 +25,4 @@ def peer() -> Peer:
         gradient_penalty,
         torch.compile(snippet.interpolate, fullgraph=True, dynamic=False),
         torch.compile(snippet.norm_penalty, fullgraph=True, dynamic=False),
-        once=True,
-        compiles=True,
     )

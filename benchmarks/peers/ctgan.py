@@ -21,4 +21,4 @@ def peer() -> Peer:
         attached = fake.detach().requires_grad_()
         return Discriminator.calc_gradient_penalty(critic, attached, real, real.device, group_size, lambda_=1)
 
-    return Peer(gradient_penalty, groups=True, ndim=2)
+    return Peer(gradient_penalty, groups=True)

@@ -14,7 +14,4 @@ class Peer(NamedTuple):
     gradient_penalty: Callable[..., Tensor]
     interpolate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     norm_penalty: Callable[[Tensor], Tensor] | None = None
-    once: bool = False  # its operations have a first derivative only
-    compiles: bool = False
     groups: bool = False  # gradient_penalty takes group_size; the others are given the rows of a group as one
-    ndim: int | None = None  # the only number of dimensions that it takes

@@ -26,7 +26,8 @@ QUICK_BUDGET = {"op": 1.0, "penalty": 2.0, "training step": 3.0}
 def run(chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None) -> list[dict[str, Any]]:
     about = provenance.provenance(device)
     rows = []
-    measure.warm_compiler()
+    if any("compiled" in name for case in chosen for name in case.contestants()):
+        measure.warm_compiler()
     copy_gb_s = bandwidth.copy_bandwidth(device)
     for case in terminal.track([(case.key, case) for case in chosen]):
         rows += measure.measure(case, device, budget[case.group], rounds, copy_gb_s)

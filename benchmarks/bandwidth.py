@@ -14,7 +14,7 @@ COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes: many times the last cache
 
 
 def copies(like: Tensor, model: Traffic) -> Callable[[], list[Tensor]]:
-    """As many bytes as the model has, by copies of this tensor into freshly allocated ones: each reads and writes it."""
+    """As many bytes as the model has, by copies of this tensor into fresh ones: each reads it and writes as much."""
     whole, half = divmod(model.moved, 2)
     part = like.flatten()[: like.numel() // 2] if half else None
 

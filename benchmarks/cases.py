@@ -6,7 +6,6 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import critics, generators
 from benchmarks.case import Case
@@ -24,7 +23,7 @@ def cases(device: str) -> list[Case]:
     large = device != "cpu"
     sizes = [*SIZES, (256, *LARGE[1:])] if large else SIZES
     batch = 64 if large else 16
-    few = ({}, {"method": "compiled"})
+    few: tuple[dict[str, Any], ...] = ({}, {"method": "compiled"})
     chunked = (*few, {"chunk_size": batch // 4})
     return [
         *(OpCase(BOTH, size) for size in sizes),
@@ -75,7 +74,7 @@ def smallest() -> list[Case]:
 
 def _cut(case: Case) -> Case:
     """To two samples, or groups of them."""
-    if isinstance(case, OpCase):
+    if not isinstance(case, PenaltyCase | TrainingCase):
         return case
     changes: dict[str, Any] = {
         "options": tuple(o | ({"chunk_size": 1} if "chunk_size" in o else {}) for o in case.options)

@@ -3,7 +3,7 @@
     python -m benchmarks.methods [--device cpu] [--rounds N] [--critic vit] [--json FILE]
 
 A step is the penalty and its gradient with respect to the weights. The peer is the lines that everybody copies
-(`peers/snippet.py`), for the ViT with math attention, the only one that they and the compiler can differentiate twice. All
+(the peer `snippet`), for the ViT with math attention, which alone they and the compiler can differentiate twice. All
 take turns in one process, in another order each round; the ratio is taken round by round, above 1 ours is faster. Peak
 memory is that of one step in a process of its own, after two to warm up, above what the process held before: parameter
 gradients count. The gradient's error is relative to the hand-written lines in fp64.

@@ -77,18 +77,18 @@ class Op(NamedTuple):
 
 BOTH = "interpolation + penalty, forward and backward"
 OPS = {
-    BOTH: Op(both, traffic.INTERPOLATE + traffic.PENALTY + traffic.PENALTY_BACKWARD),
+    BOTH: Op(both, traffic.total(traffic.INTERPOLATE, traffic.PENALTY, traffic.PENALTY_BACKWARD)),
     "interpolation, forward": Op(interpolation_forward, traffic.INTERPOLATE),
     "interpolation, forward and backward": Op(
-        interpolation_backward, traffic.INTERPOLATE + traffic.INTERPOLATE_BACKWARD
+        interpolation_backward, traffic.total(traffic.INTERPOLATE, traffic.INTERPOLATE_BACKWARD)
     ),
     "interpolation, double backward": Op(
-        interpolation_double, traffic.INTERPOLATE + traffic.INTERPOLATE_BACKWARD + traffic.INTERPOLATE
+        interpolation_double, traffic.total(traffic.INTERPOLATE, traffic.INTERPOLATE_BACKWARD, traffic.INTERPOLATE)
     ),
     "penalty, forward": Op(penalty_forward, traffic.PENALTY),
-    "penalty, forward and backward": Op(penalty_backward, traffic.PENALTY + traffic.PENALTY_BACKWARD),
+    "penalty, forward and backward": Op(penalty_backward, traffic.total(traffic.PENALTY, traffic.PENALTY_BACKWARD)),
     "penalty, double backward": Op(
-        penalty_double, traffic.PENALTY + traffic.PENALTY_BACKWARD + traffic.PENALTY_DOUBLE_BACKWARD
+        penalty_double, traffic.total(traffic.PENALTY, traffic.PENALTY_BACKWARD, traffic.PENALTY_DOUBLE_BACKWARD)
     ),
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,13 +35,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     remembered = [contest for contest in every if any("peak_mb" in row for row in contest.rows.values())]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])
+    top, middle, bottom = np.ravel(figure.subfigures(3, 1, height_ratios=[9, 5, 3.5]))
     about = rows[0]
     figure.suptitle(
         f"Measured on {about['machine']}\n{about['versions']}; commit {about['commit']}, {about['date']}", fontsize=10
     )
-    panels = ((ops, "the two ops, forward and backward"), (calls, "with a critic; a training step"))
-    panels = [(some, title) for some, title in panels if some]
+    both = ((ops, "the two ops, forward and backward"), (calls, "with a critic; a training step"))
+    panels = [(some, title) for some, title in both if some]
     for axes, (some, title) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         ratios(axes, some, title)
     if ops:

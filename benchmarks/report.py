@@ -21,7 +21,7 @@ Rows = list[dict[str, Any]]
 
 UNMEASURED = "**GPU times have not been measured yet.**"
 
-METHOD = f"""\
+METHOD = """\
 # Benchmarks
 
 `make bench` measured this page and wrote it (`python -m benchmarks.report` writes it from the committed runs); on your
@@ -30,10 +30,10 @@ changed between two runs beyond noise.
 
 - **Peers** ([benchmarks/peers](../benchmarks/peers)) are what people use, each in its best form: the snippet that is
   copied from one repository to the next; `norm(2, 1)` without an epsilon; a tidy version of `lerp` and `vector_norm`;
-  TF-GAN's formula; `torch.func.grad`; the same under `torch.compile`; and the method of the package `ctgan`, as installed.
+  TF-GAN's formula; `torch.func.grad`; the same under `torch.compile`; and the package `ctgan`'s own method.
 - **Right first.** Value and gradients of everybody are held to the reference in fp64 from the same inputs and alphas;
   who is wrong, or cannot run here, is not timed, and listed.
-- **In turns.** All run in one process, round after round, each round in another order, so that a change of the machine's
+- **In turns.** All run in one process, round after round, each in another order, so that a change of the machine's
   speed meets all. A ratio is taken round by round; its median stands with the interval of order statistics that holds
   the true median in 95 % of all draws. Autograd is timed against autograd, compiled against compiled.
 - **Roofs.** Each op has to move so many bytes ([benchmarks/traffic.py](../benchmarks/traffic.py)). GB/s are these over
@@ -105,19 +105,20 @@ def numbers(cpu: Rows, cuda: Rows) -> str:
         beaten = sum(1 for _ in lost(contests(rows)))
         parts.append(
             f"Measured on {about['machine']} ({about['versions'].split(',')[0]}, commit {about['commit']}): the "
-            "interpolation, and the penalty forward and backward, in fp32; the peer's time divided by ours, with the 95 % "
-            "interval of the median.\n"
+            "interpolation, and the penalty forward and backward, in fp32; the peer's time divided by ours, with the "
+            "95 % interval of the median.\n"
         )
         headings = ["shape", "the lines above / ours", "the fastest peer", "its time / ours"]
         parts += [_line(headings), "|---|---|---|---|", *map(_line, lines), ""]
         parts.append(
-            "[The page of benchmarks](docs/benchmarks.md) has all peers, critics, types and sizes, training steps, memory, "
-            f"and the {beaten} comparisons that a peer wins.\n"
+            "[The page of benchmarks](docs/benchmarks.md) has all peers, critics, types and sizes, training steps, "
+            f"memory, and the {beaten} comparisons that a peer wins.\n"
         )
     if not cuda:
         parts.append(
-            f"{UNMEASURED} The kernels are compiled for NVIDIA sm_75 to sm_120 and AMD gfx942 in the tests, and run there\n"
-            "under Triton's interpreter; `make test-gpu` runs the same tests on a device, and `make bench-gpu` measures it.\n"
+            f"{UNMEASURED} The kernels are compiled for NVIDIA sm_75 to sm_120 and AMD gfx942 in the tests, and run\n"
+            "there under Triton's interpreter; `make test-gpu` runs the same tests on a device, and `make bench-gpu`\n"
+            "measures it.\n"
         )
     return "\n".join(parts)
 

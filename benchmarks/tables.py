@@ -84,8 +84,9 @@ def both(every: list[Contest]) -> Table:
             times = [shape(contest.shape), contest.dtype, contest.time(OURS)]
             rows.append([*times, *(contest.ratio(name) for name in peers), *roof(contest)])
     return Table(
-        "Interpolation, and the penalty forward and backward: all that a critic's step has of a penalty, but the critic",
-        "Time of each peer divided by ours; above 1 ours is faster.",
+        "Interpolation, and the penalty forward and backward",
+        "All that a critic's step has of a penalty, but the critic. Time of each peer divided by ours; above 1 ours is "
+        "faster.",
         ["shape", "type", "ours, ms", *peers, *ROOF], rows,
     )  # fmt: skip
 

@@ -10,12 +10,13 @@ class Traffic(NamedTuple):
     read: int
     written: int
 
-    def __add__(self, other: tuple[int, ...]) -> "Traffic":
-        return Traffic(self.read + other[0], self.written + other[1])
-
     @property
     def moved(self) -> int:
         return self.read + self.written
+
+
+def total(*passes: Traffic) -> Traffic:
+    return Traffic(sum(one.read for one in passes), sum(one.written for one in passes))
 
 
 INTERPOLATE = Traffic(2, 1)  # real, fake -> x_hat

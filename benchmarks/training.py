@@ -39,12 +39,12 @@ class TrainingCase(Case):
     def inputs(self, device: str) -> Inputs:
         torch.manual_seed(0)
         real, latent = torch.randn(self.shape), torch.randn(self.shape[0], generators.LATENTS)
-        modules = [make().to(device, self.dtype) for make in (self.generator, self.critic)]
-        return Inputs(*modules, real.to(device, self.dtype), latent.to(device, self.dtype))
+        generator, critic = (make().to(device, self.dtype) for make in (self.generator, self.critic))
+        return Inputs(generator, critic, real.to(device, self.dtype), latent.to(device, self.dtype))
 
     def exact(self, inputs: Inputs) -> Inputs:
-        modules = [copy.deepcopy(module).double() for module in (inputs.generator, inputs.critic)]
-        return Inputs(*modules, inputs.real.double(), inputs.latent.double())
+        generator, critic = (copy.deepcopy(module).double() for module in (inputs.generator, inputs.critic))
+        return Inputs(generator, critic, inputs.real.double(), inputs.latent.double())
 
     def enter(self, peer: Peer, inputs: Inputs) -> Entry:
         run = Run(inputs, peer.gradient_penalty)

@@ -1,5 +1,6 @@
-"""What the benchmarks measure with, and the pages that are made of what they measured. The benchmarks themselves are run,
-once each, by benchmarks/test_speed.py.
+"""What the benchmarks measure with, and the pages that are made of what they measured.
+
+The benchmarks themselves are run, once each, by benchmarks/test_speed.py.
 """
 
 import json
@@ -233,7 +234,7 @@ def test_peak_memory_in_a_process_of_its_own():
     words = [sys.executable, "-m", "benchmarks.footprint", "cpu", case.key, OURS]
     done = subprocess.run(words, env=os.environ | memory.ENVIRONMENT, check=True, capture_output=True, text=True)
     kept = 2e-6 * 4 * 64 * 3 * 64 * 64
-    assert kept <= float(done.stdout) < 1.5 * kept
+    assert 0.9 * kept < float(done.stdout) < 1.3 * kept  # Linux counts resident pages in lots
 
 
 def test_a_machine_without_extras_still_measures(tmp_path):
@@ -245,9 +246,11 @@ def test_a_machine_without_extras_still_measures(tmp_path):
         "gone = ('rich', 'matplotlib')\n"
         "u.find_spec = lambda name, *more: None if name in gone else real(name, *more)\n"
         "for name in gone: sys.modules[name] = None\n"
-        f"sys.argv = ['benchmarks', '--only', 'penalty, forward (64, 784)', '--rounds', '6', '--out', {str(tmp_path)!r}]\n"
+        "sys.argv = ['benchmarks', '--only', 'penalty, forward (64, 784)', '--rounds', '6', *sys.argv[1:]]\n"
         "runpy.run_module('benchmarks', run_name='__main__')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--out", str(tmp_path)], check=True, capture_output=True, text=True
+    )
     assert "no pictures: matplotlib is missing" in done.stdout
     assert len(results.load(tmp_path / "cpu.json")) == 6

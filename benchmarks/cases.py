@@ -51,7 +51,7 @@ def cases(device: str) -> list[Case]:
 
 def quick(device: str) -> list[Case]:
     """One minute."""
-    wanted = {
+    wanted: dict[str, list[tuple[str, tuple[int, ...] | None]]] = {
         "op": [(BOTH, size) for size in (MNIST, FACES)],
         "penalty": [("MLP", MNIST), ("packed table", (500, 100)), ("ViT", None)],
         "training step": [("MLP", (256, 2))],

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,7 +34,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     remembered = [contest for contest in every if any("peak_mb" in row for row in contest.rows.values())]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
-    top, middle, bottom = np.ravel(figure.subfigures(3, 1, height_ratios=[9, 5, 3.5]))
+    parts: Any = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])
+    top, middle, bottom = parts
     about = rows[0]
     figure.suptitle(
         f"Measured on {about['machine']}\n{about['versions']}; commit {about['commit']}, {about['date']}", fontsize=10

@@ -71,9 +71,9 @@ def ratios(axes: Axes, some: list[Contest], title: str) -> None:
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
             place += 1
-        label = shape(contest.shape) if contest.group == "op" else contest.label.replace(" ", "\n", 1)
+        label = shape(contest.shape) if contest.group == "op" else f"{contest.name}\n{shape(contest.shape)}"
         if contest.group == "training step":
-            label = f"training step, {contest.label}"
+            label = f"training step, {label}"
         ticks.append(((start + place - 1) / 2, label))
         place += 1
     axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
@@ -83,7 +83,7 @@ def ratios(axes: Axes, some: list[Contest], title: str) -> None:
     axes.set_title(title, fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(unique.values(), unique.keys(), fontsize=8, loc="lower right")
+    axes.legend(unique.values(), unique.keys(), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
 
 
 def sizes(axes: Axes, ops: list[Contest]) -> None:
@@ -98,6 +98,7 @@ def sizes(axes: Axes, ops: list[Contest]) -> None:
     roof = [(prod(c.shape), 1e-6 * c.rows[OURS]["bytes"] / c.rows[OURS]["copy_gb_s"]) for c in ordered]
     axes.plot(*zip(*roof, strict=True), "--", color="grey", label="the same bytes at copy bandwidth")
     axes.set(xscale="log", yscale="log", xlabel="elements of the batch, fp32", ylabel="milliseconds")
+    axes.set_ylim(bottom=0.3 * min(c.rows[OURS][what][0] for c in ordered))  # below it the roof says nothing
     axes.set_title("interpolation + penalty, forward and backward: time against size", fontsize=11)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -15,7 +15,7 @@ test: .venv/dev
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(ARGS)
 
-# Against the peers, on this machine; ARGS=--quick takes a minute. A whole run writes benchmarks/results and the pages.
+# Against the peers, on this machine; ARGS=--quick takes a few cases. A whole run writes benchmarks/results and the pages.
 bench: .venv/peers
 	$(BIN)/python -m benchmarks $(ARGS)
 

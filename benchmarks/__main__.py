@@ -23,14 +23,16 @@ BUDGET = {"op": 1.5, "penalty": 8.0, "training step": 10.0}  # seconds of rounds
 QUICK_BUDGET = {"op": 1.0, "penalty": 2.0, "training step": 3.0}
 
 
-def run(chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None) -> list[dict[str, Any]]:
+def run(
+    chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None, compiling: bool
+) -> list[dict[str, Any]]:
     about = provenance.provenance(device)
     rows = []
-    if any("compiled" in name for case in chosen for name in case.contestants()):
+    if compiling and any("compiled" in name for case in chosen for name in case.contestants()):
         measure.warm_compiler()
     copy_gb_s = bandwidth.copy_bandwidth(device)
     for case in terminal.track([(case.key, case) for case in chosen]):
-        rows += measure.measure(case, device, budget[case.group], rounds, copy_gb_s)
+        rows += measure.measure(case, device, budget[case.group], rounds, copy_gb_s, compiling)
     add_peaks(rows, [case for case in chosen if cases.measured_for_memory(case)], device)
     return [row | about for row in rows]
 
@@ -55,7 +57,7 @@ def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--quick", action="store_true", help="a few cases, in about a minute")
+    parser.add_argument("--quick", action="store_true", help="a few cases, and nothing that has to be compiled")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 9 to 101, by time)")
     parser.add_argument("--out", type=Path, help="where JSON and pictures go")
@@ -71,7 +73,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compile in this run what this run says the time of
-        rows = run(chosen, options.device, QUICK_BUDGET if options.quick else BUDGET, options.rounds)
+        budget = QUICK_BUDGET if options.quick else BUDGET
+        rows = run(chosen, options.device, budget, options.rounds, compiling=not options.quick)
     path = folder / f"{options.device}.json"
     results.save(path, rows)
     terminal.show(tables.tables(results.load(path)))

@@ -1,5 +1,6 @@
-"""The input gradient by `torch.func.grad`, of the summed scores: one pass for the batch. `vmap(grad)`, gradient by
-gradient, gives the same numbers for critics that judge each sample by itself, and was not faster on any critic here.
+"""The input gradient by `torch.func.grad`, of the summed scores: one pass for the batch.
+
+`vmap(grad)`, sample by sample, is the same for critics that judge each sample by itself, and cannot do the others.
 """
 
 from collections.abc import Callable

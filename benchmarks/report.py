@@ -24,8 +24,8 @@ UNMEASURED = "**GPU times have not been measured yet.**"
 METHOD = """\
 # Benchmarks
 
-`make bench` measured this page and wrote it (`python -m benchmarks.report` writes it from the committed runs); `make bench
-ARGS=--quick` measures a few cases of it. `python -m benchmarks.compare A.json B.json` says what
+`make bench` measured this page and wrote it (`python -m benchmarks.report` writes it from the committed runs).
+`make bench ARGS=--quick` measures a few cases on your machine. `python -m benchmarks.compare A.json B.json` says what
 changed between two runs beyond noise.
 
 - **Peers** ([benchmarks/peers](../benchmarks/peers)) are what people use, each in its best form: the snippet that is

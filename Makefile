@@ -7,13 +7,13 @@ ARGS ?=
 FROM_CHECKOUT := $(PYTHON) -c 'import runpy, sys, fused_gp; fused_gp.__path__.append("$(CURDIR)"); \
 	runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
 
-.PHONY: demo test test-gpu bench bench-ops bench-systems bench-methods lint clean
+.PHONY: demo test test-gpu bench bench-gpu bench-systems bench-methods lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup --benchmark-disable $(ARGS)
 
 # The kernels compiled and run on the device at hand instead of interpreted. Needs torch, Triton, NumPy and pytest; no
 # network, and nothing is installed.
@@ -21,11 +21,14 @@ test-gpu:
 	@$(PYTHON) -c 'import numpy, pytest, torch, triton' || { echo "make test-gpu needs them beside $(PYTHON)" >&2; exit 1; }
 	$(FROM_CHECKOUT) pytest -m gpu $(ARGS)
 
-# The three have options of their own: give ARGS to one of them.
-bench: bench-ops bench-systems bench-methods
+# Against the peers, on this machine; ARGS=--quick takes a few cases. A whole run writes benchmarks/results and the pages.
+bench: .venv/peers
+	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-ops: .venv/dev
-	$(BIN)/python -m benchmarks.ops $(ARGS)
+# The same on the device at hand. Needs torch and numpy, no network; where matplotlib is missing, the pictures wait for
+# `python -m benchmarks.report`.
+bench-gpu:
+	$(FROM_CHECKOUT) benchmarks --device cuda $(ARGS)
 
 bench-systems: .venv/dev
 	$(BIN)/python -m benchmarks.systems $(ARGS)
@@ -51,3 +54,8 @@ clean:
 .venv/dev: .venv/bin/python pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@ .venv/demo
+
+# Peers that are packages.
+.venv/peers: .venv/dev
+	$(BIN)/python -m pip install -c constraints.txt -e '.[peers]'
+	touch $@

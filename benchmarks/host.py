@@ -25,7 +25,8 @@ from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import snippet, timing
+from benchmarks import timing
+from benchmarks.peers import snippet
 from fused_gp import gradient_norm_penalty, interpolate
 from fused_gp.kernels.null_device import Launch, null_device
 

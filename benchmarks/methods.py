@@ -3,7 +3,7 @@
     python -m benchmarks.methods [--device cpu] [--rounds N] [--critic vit] [--json FILE]
 
 A step is the penalty and its gradient with respect to the weights. The peer is the lines that everybody copies
-(`snippet.py`), for the ViT with math attention, the only one that they and the compiler can differentiate twice. All
+(the peer `snippet`), for the ViT with math attention, which alone they and the compiler can differentiate twice. All
 take turns in one process, in another order each round; the ratio is taken round by round, above 1 ours is faster. Peak
 memory is that of one step in a process of its own, after two to warm up, above what the process held before: parameter
 gradients count. The gradient's error is relative to the hand-written lines in fp64.
@@ -11,7 +11,6 @@ gradients count. The gradient's error is relative to the hand-written lines in f
 
 import argparse
 import copy
-import itertools
 import json
 import os
 import random
@@ -25,52 +24,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import memory, snippet, timing
+from benchmarks import memory, timing
+from benchmarks.critics import ViT, dcgan
+from benchmarks.peers import snippet
 from fused_gp import fused_gradient_penalty
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.before, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.before(x)).chunk(3, dim=-1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(x)
-
-
-class ViT(nn.Module):
-    """64 x 64 images in patches of 4 x 4."""
-
-    def __init__(self, width: int = 256, depth: int = 4, heads: int = 16) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.places = nn.Parameter(0.02 * torch.randn(256, width))
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.patches(x).flatten(2).transpose(1, 2) + self.places).mean(1))
-
-
-def conv(activation: Callable[[], nn.Module]) -> nn.Sequential:
-    widths = (3, 64, 128, 256, 512)
-    layers: list[nn.Module] = []
-    for width, wider in itertools.pairwise(widths):
-        layers += [nn.Conv2d(width, wider, 4, 2, 1), activation()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512 * 16, 1))
 
 
 class Critic(NamedTuple):
@@ -96,8 +59,10 @@ CRITICS = {
             *chunked(8, 4, 2, 1, method="directional"),
         ),
     ),
-    "conv, LeakyReLU": Critic(lambda: conv(lambda: nn.LeakyReLU(0.2)), 64, ({}, *chunked(16), {"method": "compiled"})),
-    "conv, SiLU": Critic(lambda: conv(nn.SiLU), 64, ({"method": "directional"}, *chunked(16, method="directional"))),
+    "conv, LeakyReLU": Critic(dcgan, 64, ({}, *chunked(16), {"method": "compiled"})),
+    "conv, SiLU": Critic(
+        partial(dcgan, activation=nn.SiLU), 64, ({"method": "directional"}, *chunked(16, method="directional"))
+    ),
 }
 GROWTH = [(options, batch) for options in ({"chunk_size": 2}, {}) for batch in (8, 16, 32)]
 PEER = "the lines by hand"

@@ -1,13 +1,14 @@
-"""The peer: the gradient penalty as it is copied from one GAN repository to the next (the README's "before")."""
+"""The gradient penalty as it is copied from one GAN repository to the next (the README's "before")."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .peer import Peer
+
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
-    """alpha: (B, 1, ..., 1)."""
     return alpha * fake + (1 - alpha) * real
 
 
@@ -17,7 +18,7 @@ def norm_penalty(gradients: Tensor) -> Tensor:
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
-    alpha = torch.rand(real.size(0), *[1] * (real.ndim - 1), device=real.device)
+    alpha = torch.rand(real.size(0), *[1] * (real.ndim - 1), device=real.device).to(real.dtype)
     return penalty_at(critic, interpolate(real, fake, alpha))
 
 
@@ -26,3 +27,7 @@ def penalty_at(critic: Callable[[Tensor], Tensor], x_hat: Tensor) -> Tensor:
     scores = critic(x_hat)
     gradients = torch.autograd.grad(scores, x_hat, torch.ones_like(scores), create_graph=True, retain_graph=True)[0]
     return norm_penalty(gradients)
+
+
+def peer() -> Peer:
+    return Peer(gradient_penalty, interpolate, norm_penalty)

@@ -1,0 +1,88 @@
+"""Time fused_gp against what people use, on this machine.
+
+    python -m benchmarks [--device cpu] [--quick] [--only TEXT] [--rounds N] [--out DIR]
+
+A whole run goes to benchmarks/results/ (JSON and pictures), and from there to docs/benchmarks.md and the README. A
+part of it, --quick or --only, goes to out/benchmarks/.
+"""
+
+import argparse
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import bandwidth, cases, footprint, measure, provenance, report, results, tables, terminal
+from benchmarks.case import Case
+from benchmarks.penalty import TWO_OPS
+
+BUDGET = {"op": 1.5, "penalty": 8.0, "training step": 10.0}  # seconds of rounds for a case
+QUICK_BUDGET = {"op": 1.0, "penalty": 2.0, "training step": 3.0}
+
+
+def run(
+    chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None, compiling: bool
+) -> list[dict[str, Any]]:
+    about = provenance.provenance(device)
+    rows = []
+    if compiling and any("compiled" in name for case in chosen for name in case.contestants()):
+        measure.warm_compiler()
+    copy_gb_s = bandwidth.copy_bandwidth(device)
+    for case in terminal.track([(case.key, case) for case in chosen]):
+        rows += measure.measure(case, device, budget[case.group], rounds, copy_gb_s, compiling)
+    add_peaks(rows, [case for case in chosen if cases.measured_for_memory(case)], device)
+    return [row | about for row in rows]
+
+
+def add_peaks(rows: list[dict[str, Any]], chosen: list[Case], device: str) -> None:
+    """Nothing is timed meanwhile, so two processes at once do no harm, except on a device, whose memory they share."""
+    jobs = [
+        (case, row)
+        for case in chosen
+        for row in rows
+        if (row["group"], row["case"], tuple(row["shape"])) == (case.group, case.name, case.shape)
+        and "ms" in row
+        and row["contestant"] != TWO_OPS
+    ]
+    with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
+        waiting = [(row, pool.submit(footprint.peak_mb, case, row["contestant"], device)) for case, row in jobs]
+        for row, peak in terminal.track([(f"memory: {row['contestant']}", (row, peak)) for row, peak in waiting]):
+            row["peak_mb"] = peak.result()
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--quick", action="store_true", help="a few cases, and nothing that has to be compiled")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 9 to 101, by time)")
+    parser.add_argument("--out", type=Path, help="where JSON and pictures go")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA or ROCm device, and torch finds none")
+    every = (cases.quick if options.quick else cases.cases)(options.device)
+    chosen = [case for case in every if options.only in case.key]
+    if not chosen:
+        parser.error(f"no case has {options.only!r} in its name: {', '.join(case.key for case in every)}")
+    whole = not (options.quick or options.only)
+    folder = options.out or (results.COMMITTED if whole else Path("out/benchmarks"))
+
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compile in this run what this run says the time of
+        budget = QUICK_BUDGET if options.quick else BUDGET
+        rows = run(chosen, options.device, budget, options.rounds, compiling=not options.quick)
+    path = folder / f"{options.device}.json"
+    results.save(path, rows)
+    terminal.show(tables.tables(results.load(path)))
+    print(f"rows: {path}")
+    report.draw(path)
+    if folder == results.COMMITTED:
+        report.write()
+
+
+if __name__ == "__main__":
+    main()

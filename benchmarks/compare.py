@@ -1,0 +1,96 @@
+"""What changed between two runs, beyond noise.
+
+    python -m benchmarks.compare A.json B.json
+
+Compared are ratios to peers: another speed of the machine meets both sides of a ratio. A change is what moved by more
+than 5 % (two runs of one program differ by some, as memory lies elsewhere) and so far that the two intervals do not
+overlap. Where A and B come from one machine, times and peak memory are compared as well, by the same rule. Ends with
+status 1 where ours became slower than a peer's time would have it, or needs more memory.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import results, terminal
+from benchmarks.ours import OURS
+from benchmarks.tables import Table, interval, milliseconds, shape
+
+LEAST = 0.05
+Row = dict[str, Any]
+
+
+class Change(NamedTuple):
+    row: Row
+    what: str
+    before: list[float]
+    after: list[float]
+    better: bool
+
+
+def apart(before: list[float], after: list[float]) -> bool:
+    """Intervals (value, low, high) that do not overlap, around values that differ by more than LEAST."""
+    separate = before[2] < after[1] or after[2] < before[1]
+    return separate and abs(after[0] / before[0] - 1) > LEAST
+
+
+def changes(first: list[Row], second: list[Row]) -> Iterator[Change]:
+    known = {_key(row): row for row in first}
+    for row in second:
+        old = known.get(_key(row))
+        if old is None:
+            continue
+        for what in row:
+            if what not in old or not _compared(what, row, old):
+                continue
+            before, after = (
+                [found, found, found] if isinstance(found, float) else found for found in (old[what], row[what])
+            )
+            if apart(before, after):
+                rose = after[0] > before[0]
+                yield Change(row, what, before, after, better=rose if " over " in f" {what}" else not rose)
+
+
+def _compared(what: str, row: Row, old: Row) -> bool:
+    if what.removeprefix("device, ").startswith("over "):
+        return True
+    return what in ("ms", "host_ms", "device_ms", "peak_mb") and row["machine"] == old["machine"]
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["group"], row["case"], tuple(row["shape"]), row["dtype"], row["device"], row["contestant"]
+
+
+def table(found: list[Change], first: list[Row], second: list[Row]) -> Table:
+    rows = []
+    for change in found:
+        show = interval if " over " in f" {change.what}" else lambda values: milliseconds(values[0])
+        case = f"{change.row['case']} {shape(tuple(change.row['shape']))} {change.row['dtype']}"
+        what = f"{change.row['contestant']}: {change.what}"
+        rows.append([case, what, show(change.before), show(change.after), "better" if change.better else "worse"])
+    missing = len({_key(row) for row in first} ^ {_key(row) for row in second})
+    note = f"{len(found)} changes in {len(second)} rows; {missing} rows are in one of the two only."
+    return Table("Changes beyond noise", note, ["case", "what", "before", "after", ""], rows)
+
+
+def main() -> int:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("first", type=Path, metavar="A.json")
+    parser.add_argument("second", type=Path, metavar="B.json")
+    options = parser.parse_args()
+    first, second = results.load(options.first), results.load(options.second)
+    found = list(changes(first, second))
+    terminal.show([table(found, first, second)])
+    return int(any(_ours_is_worse(change) for change in found))
+
+
+def _ours_is_worse(change: Change) -> bool:
+    ours = change.row["contestant"].startswith(OURS)
+    ratio = " over " in f" {change.what}"
+    return not change.better and ((ratio and not ours) or (ours and change.what == "peak_mb"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

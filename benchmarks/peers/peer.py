@@ -1,0 +1,17 @@
+"""The functions that a contestant has to offer."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Absent(Exception):
+    """The peer cannot run on this machine; the message says why."""
+
+
+class Peer(NamedTuple):
+    gradient_penalty: Callable[..., Tensor]
+    interpolate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    norm_penalty: Callable[[Tensor], Tensor] | None = None
+    groups: bool = False  # gradient_penalty takes group_size; the others are given the rows of a group as one

@@ -1,0 +1,115 @@
+"""A run on one page of pictures: ratios by case, time against size, memory by method."""
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.bandwidth import COPIES
+from benchmarks.ops import BOTH
+from benchmarks.ours import COMPILED, OURS
+from benchmarks.peers import PEERS
+from benchmarks.tables import COMPILED_PEER, Contest, contests, shape
+
+COLOURS = {OURS: "#d1495b", COMPILED: "#8c1c13", COPIES: "#000000"} | {
+    name: colour
+    for name, colour in zip(
+        PEERS, ["#003f5c", "#2f6c8f", "#5aa9c9", "#7a9e7e", "#8f6fb1", "#c9a227", "#a0a0a0"], strict=True
+    )
+}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    every = contests(rows)
+    one = [
+        contest for contest in every if contest.dtype == "float32" and (contest.group != "op" or contest.name == BOTH)
+    ]
+    ops = [contest for contest in one if contest.group == "op"]
+    calls = [contest for contest in one if contest.group != "op"]
+    remembered = [contest for contest in every if any("peak_mb" in row for row in contest.rows.values())]
+
+    figure = plt.figure(figsize=(13, 17), layout="constrained")
+    parts: Any = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])
+    top, middle, bottom = parts
+    about = rows[0]
+    figure.suptitle(
+        f"Measured on {about['machine']}\n{about['versions']}; commit {about['commit']}, {about['date']}", fontsize=10
+    )
+    both = ((ops, "the two ops, forward and backward"), (calls, "with a critic; a training step"))
+    panels = [(some, title) for some, title in both if some]
+    for axes, (some, title) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        ratios(axes, some, title)
+    if ops:
+        sizes(middle.subplots(), ops)
+    if remembered:
+        for axes, contest in zip(bottom.subplots(1, len(remembered), squeeze=False)[0], remembered, strict=True):
+            peaks(axes, contest)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def ratios(axes: Axes, some: list[Contest], title: str) -> None:
+    """Bars of each peer's time over ours, with the interval of the ratio; beyond the line ours is faster."""
+    place = 0.0
+    ticks = []
+    for contest in some:
+        start = place
+        for name in PEERS:
+            over = COMPILED if name == COMPILED_PEER and COMPILED in contest.rows else OURS
+            found = contest.rows.get(name, {}).get(f"over {over}")
+            if found is None:
+                continue
+            value, low, high = found
+            label = name if over == OURS else f"{name}, over ours compiled"
+            axes.barh(
+                place, value, 0.9, color=COLOURS[name], label=label, xerr=[[value - low], [high - value]],
+                error_kw={"elinewidth": 0.8},
+            )  # fmt: skip
+            place += 1
+        label = shape(contest.shape) if contest.group == "op" else f"{contest.name}\n{shape(contest.shape)}"
+        if contest.group == "training step":
+            label = f"training step, {label}"
+        ticks.append(((start + place - 1) / 2, label))
+        place += 1
+    axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("time of the peer / ours")
+    axes.set_title(title, fontsize=11)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
+
+
+def sizes(axes: Axes, ops: list[Contest]) -> None:
+    """Time against size; the roof is the bytes that the step has to move, at the speed of copying."""
+    ordered = sorted(ops, key=lambda contest: prod(contest.shape))
+    what = "device_ms" if any("device_ms" in contest.rows[OURS] for contest in ordered) else "ms"
+    for name in (OURS, *PEERS, COPIES):
+        points = [(prod(c.shape), c.rows[name][what][0]) for c in ordered if what in c.rows.get(name, {})]
+        if points:
+            label = f"{name} of as many bytes" if name == COPIES else name
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=label, markersize=3, linewidth=1.5)
+    roof = [(prod(c.shape), 1e-6 * c.rows[OURS]["bytes"] / c.rows[OURS]["copy_gb_s"]) for c in ordered]
+    axes.plot(*zip(*roof, strict=True), "--", color="grey", label="the same bytes at copy bandwidth")
+    axes.set(xscale="log", yscale="log", xlabel="elements of the batch, fp32", ylabel="milliseconds")
+    axes.set_ylim(bottom=0.3 * min(c.rows[OURS][what][0] for c in ordered))  # below it the roof says nothing
+    axes.set_title("interpolation + penalty, forward and backward: time against size", fontsize=11)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def peaks(axes: Axes, contest: Contest) -> None:
+    found = {name: row["peak_mb"] for name, row in contest.rows.items() if "peak_mb" in row}
+    colours = [COLOURS.get(name, COLOURS[OURS]) for name in found]
+    bars = axes.barh(list(found), list(found.values()), color=colours)
+    axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_title(f"peak memory, MB:\n{contest.label}", fontsize=10)

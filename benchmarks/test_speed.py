@@ -1,0 +1,58 @@
+"""Every benchmark as a pytest-benchmark case, at its smallest size: the numbers are checked, then the step is run.
+
+`make test` runs each once and times nothing. To watch for regressions in Python and small operations while you work:
+
+    .venv/bin/python -m pytest benchmarks --benchmark-enable --benchmark-autosave --benchmark-group-by=param:case
+    .venv/bin/python -m pytest benchmarks --benchmark-enable --benchmark-compare
+
+pytest-benchmark times one contestant after another, so that a change of the machine's speed looks like one of the
+program: ratios to peers come from `python -m benchmarks`, where all take turns.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks.cases import smallest
+from benchmarks.measure import Gate
+from benchmarks.ops import BOTH
+
+CASES = smallest()
+PAIRS = [
+    pytest.param(number, name, id=f"{case.key}-{name}", marks=pytest.mark.xdist_group(f"benchmark {number}"))
+    for number, case in enumerate(CASES)
+    for name in case.contestants()
+]
+
+
+@lru_cache(maxsize=1)
+def gate(number: int) -> Gate:
+    return Gate(CASES[number], "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(("number", "name"), PAIRS)
+def test_right_and_runs(number: int, name: str, benchmark: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[number]
+    if (case.name != BOTH or case.dtype != torch.float32) and not benchmark.enabled:  # type: ignore[attr-defined]
+        # The same graphs, through the same differentiation, and run without writing C++: that takes ten seconds each.
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    step, row = gate(number).enter(name, case.contestants()[name])
+    if "absent" in row:
+        pytest.skip(row["absent"])
+    assert "failed" not in row, row["failed"]
+    assert step is not None
+    benchmark(step)

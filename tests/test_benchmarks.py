@@ -1,0 +1,255 @@
+"""What the benchmarks measure with, and the pages that are made of what they measured.
+
+The benchmarks themselves are run, once each, by benchmarks/test_speed.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import (
+    bandwidth,
+    compare,
+    intervals,
+    measure,
+    memory,
+    provenance,
+    report,
+    results,
+    tables,
+    timing,
+    traffic,
+)
+from benchmarks.cases import cases, quick
+from benchmarks.ops import BOTH, OpCase
+from benchmarks.ours import OURS, ours
+from benchmarks.peers import PEERS, Absent, ctgan, snippet
+
+SMALL = OpCase(BOTH, (8, 12))
+
+
+@pytest.mark.parametrize("count", [6, 7, 9, 24, 101])
+def test_interval_of_the_median(count):
+    samples = np.random.default_rng(count).standard_exponential(count)
+    truth = pytest.importorskip("scipy.stats").quantile_test(samples, q=0, p=0.5).confidence_interval(0.95)
+    found = intervals.median(list(samples))
+    assert found == (np.median(samples), truth.low, truth.high)
+
+
+def test_too_few_samples_have_no_interval():
+    with pytest.raises(ValueError, match="6 samples, got 5"):
+        intervals.median([1.0] * 5)
+
+
+def test_the_byte_model_is_the_kernels_budget():
+    """Elements read and written: the table of design, section 5."""
+    assert traffic.INTERPOLATE == (2, 1)
+    assert traffic.INTERPOLATE_BACKWARD == (1, 2)
+    assert traffic.PENALTY == (1, 0)
+    assert traffic.PENALTY_BACKWARD == (1, 1)
+    assert traffic.PENALTY_DOUBLE_BACKWARD == (4, 1)
+    assert OpCase(BOTH, (64, 784)).moved() == 6 * 64 * 784 * 4
+    assert OpCase(BOTH, (64, 784), torch.float16).moved() == 6 * 64 * 784 * 2
+
+
+@pytest.mark.parametrize("model", [traffic.Traffic(2, 1), traffic.Traffic(4, 2), traffic.Traffic(1, 0)])
+def test_plain_copies_move_as_many_bytes(model):
+    x = torch.randn(4, 10)
+    copies = bandwidth.copies(x, model)()
+    assert sum(2 * copy.numel() for copy in copies) == model.moved * x.numel()
+    assert len({copy.data_ptr() for copy in [x, *copies]}) == 1 + len(copies)
+
+
+def test_all_take_turns_in_changing_order():
+    calls = []
+    steps = {name: partial(calls.append, name) for name in "abc"}
+    number, turns = timing.interleaved(steps, "cpu", budget=0, rounds=40)
+    assert {name: len(found) for name, found in turns.items()} == dict.fromkeys("abc", 40)
+    timed = [calls[at] for at in range(len(calls) - 120 * number, len(calls), number)]
+    rounds = {tuple(timed[at : at + 3]) for at in range(0, 120, 3)}
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(rounds) > 1
+
+
+def test_the_first_rounds_are_run_whatever_they_take():
+    _, turns = timing.interleaved({"a": lambda: None}, "cpu", budget=0)
+    assert len(turns["a"]) == timing.ROUNDS[0] >= intervals.LEAST
+
+
+def entered(peer, name="a peer"):
+    return measure.Gate(SMALL, "cpu").enter(name, lambda: peer)
+
+
+def test_who_is_right_is_timed():
+    step, row = entered(snippet.peer())
+    assert step is not None
+    assert row["error"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        snippet.peer()._replace(norm_penalty=lambda g: (g.norm(2, 1) - 1).abs().mean()),
+        snippet.peer()._replace(norm_penalty=lambda g: snippet.norm_penalty(g) * (1 + 1e-3)),
+        snippet.peer()._replace(norm_penalty=lambda g: snippet.norm_penalty(g) * float("nan")),
+        snippet.peer()._replace(interpolate=lambda real, fake, alpha: alpha * real + (1 - alpha) * fake),
+        # The right value, and a gradient that is not.
+        snippet.peer()._replace(norm_penalty=lambda g: snippet.norm_penalty(g.detach()) + 0 * g.sum()),
+    ],
+)
+def test_who_is_wrong_is_not(wrong):
+    step, row = entered(wrong)
+    assert step is None
+    assert row["failed"].startswith("Wrong: relative error")
+
+
+def test_ours_may_not_be_wrong():
+    with pytest.raises(measure.Wrong):
+        entered(snippet.peer()._replace(norm_penalty=lambda g: 2 * snippet.norm_penalty(g)), OURS)
+
+
+def test_who_cannot_run_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctgan.synthesizers.ctgan", None)
+    with pytest.raises(Absent, match=r"needs the package ctgan \(pip install '\.\[peers\]'\)"):
+        ctgan.peer()
+    step, row = measure.Gate(SMALL, "cpu").enter("ctgan", ctgan.peer)
+    assert step is None
+    assert row["absent"].startswith("needs the package ctgan")
+
+
+@pytest.fixture(scope="module")
+def rows(one_thread):
+    """Of a small case, measured."""
+    contestants = {OURS: ours(), "snippet": PEERS["snippet"], "tidy": PEERS["tidy"]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpCase, "contestants", lambda case: contestants)
+        found = measure.measure(SMALL, "cpu", 0.0, 9, copy_gb_s=10.0)
+    return [row | provenance.provenance("cpu") for row in found]
+
+
+def test_every_row_says_where_it_is_from(rows):
+    assert [row["contestant"] for row in rows] == [OURS, "snippet", "tidy", bandwidth.COPIES]
+    for row in rows:
+        assert row["machine"]
+        assert row["commit"]
+        assert f"torch {torch.__version__}" in row["versions"]
+        assert row["rounds"] == 9
+        value, low, high = row["ms"]
+        assert 0 < low <= value <= high
+    assert "over fused_gp" not in rows[0]
+    assert rows[1]["gb_s"] == pytest.approx(1e-6 * SMALL.moved() / rows[1]["ms"][0])
+
+
+def test_rows_survive_the_file(rows, tmp_path):
+    results.save(tmp_path / "cpu.json", rows)
+    again = results.load(tmp_path / "cpu.json")
+    assert json.loads((tmp_path / "cpu.json").read_text())["rows"] == again
+    assert again[0]["ms"] == pytest.approx(rows[0]["ms"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ([2.0, 1.9, 2.1], [1.7, 1.6, 1.8], "worse"),
+        ([2.0, 1.9, 2.1], [2.4, 2.3, 2.5], "better"),
+        ([2.0, 1.9, 2.1], [1.8, 1.7, 1.95], None),  # the intervals overlap
+        ([2.0, 1.99, 2.01], [1.95, 1.94, 1.96], None),  # they do not, and it is less than 5 %
+    ],
+)
+def test_what_changed_beyond_noise(rows, tmp_path, monkeypatch, before, after, said):
+    files = []
+    for name, values in (("a", before), ("b", after)):
+        results.save(tmp_path / f"{name}.json", [rows[0], rows[1] | {"over fused_gp": values}])
+        files.append(tmp_path / f"{name}.json")
+    found = list(compare.changes(*map(results.load, files)))
+    assert [(change.what, "better" if change.better else "worse") for change in found] == (
+        [("over fused_gp", said)] if said else []
+    )
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+    assert compare.main() == (said == "worse")
+
+
+def test_times_of_other_machines_are_not_compared(rows):
+    slower = rows[0] | {"ms": [9.0 * ms for ms in rows[0]["ms"]]}
+    assert [change.what for change in compare.changes([rows[0]], [slower])] == ["ms"]
+    assert not list(compare.changes([rows[0]], [slower | {"machine": "another"}]))
+
+
+def test_losses_are_told(rows):
+    def with_ratio(found):
+        return tables.contests([rows[0], rows[1] | {"over fused_gp": found}])
+
+    assert [loss.peer for loss in tables.lost(with_ratio([0.9, 0.8, 0.99]))] == ["snippet"]
+    assert not list(tables.lost(with_ratio([0.9, 0.8, 1.01])))
+    page = report.page([rows[0], rows[1] | {"over fused_gp": [0.9, 0.8, 0.99]}], [])
+    assert "snippet over fused_gp | 0.90 (0.80 to 0.99)" in page
+
+
+def test_the_page_is_made_of_the_committed_runs():
+    cpu, cuda = results.committed("cpu"), results.committed("cuda")
+    assert report.PAGE.read_text() == report.page(cpu, cuda), "python -m benchmarks.report writes it"
+    assert report.README.read_text() == report.readme(report.README.read_text(), cpu, cuda)
+
+
+def test_unmeasured_is_said_until_it_is_measured():
+    measured = (results.COMMITTED / "cuda.json").exists()
+    for path in (report.PAGE, report.README):
+        assert (report.UNMEASURED in path.read_text()) is not measured
+
+
+def test_a_gpus_run_takes_the_sentence_away(rows):
+    assert report.UNMEASURED in report.page(rows, [])
+    assert report.UNMEASURED in report.numbers(rows, [])
+    on_device = [row | {"device": "cuda"} for row in rows]
+    assert report.UNMEASURED not in report.page(rows, on_device)
+    assert report.UNMEASURED not in report.numbers(rows, on_device)
+
+
+def test_a_committed_run_is_the_whole_suite():
+    for device in ("cpu", "cuda"):
+        found = results.committed(device)
+        if found:
+            measured = {(row["group"], row["case"], tuple(row["shape"]), row["dtype"]) for row in found}
+            suite = {(c.group, c.name, c.shape, str(c.dtype).removeprefix("torch.")) for c in cases(device)}
+            assert measured == suite
+
+
+def test_quick_is_a_part_of_the_suite():
+    keys = {case.key for case in cases("cpu")}
+    assert len(keys) == len(cases("cpu"))
+    assert {case.key for case in quick("cpu")} < keys
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_peak_memory_in_a_process_of_its_own():
+    """Of two tensors that are kept and nothing else: the interpolated samples and the gradients' gradients."""
+    case = OpCase(BOTH, (64, 3, 64, 64))
+    words = [sys.executable, "-m", "benchmarks.footprint", case.key, OURS]
+    done = subprocess.run(words, env=os.environ | memory.ENVIRONMENT, check=True, capture_output=True, text=True)
+    kept = 2e-6 * 4 * 64 * 3 * 64 * 64
+    assert 0.9 * kept < float(done.stdout) < 1.3 * kept  # Linux counts resident pages in lots
+
+
+def test_a_machine_without_extras_still_measures(tmp_path):
+    """The JSON needs torch and numpy alone; who is missing is told."""
+    program = (
+        "import sys, runpy\n"
+        "import importlib.util as u\n"
+        "real = u.find_spec\n"
+        "gone = ('rich', 'matplotlib')\n"
+        "u.find_spec = lambda name, *more: None if name in gone else real(name, *more)\n"
+        "for name in gone: sys.modules[name] = None\n"
+        "sys.argv = ['benchmarks', '--only', 'penalty, forward (64, 784)', '--rounds', '6', *sys.argv[1:]]\n"
+        "runpy.run_module('benchmarks', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--out", str(tmp_path)], check=True, capture_output=True, text=True
+    )
+    assert "no pictures: matplotlib is missing" in done.stdout
+    assert len(results.load(tmp_path / "cpu.json")) == 6

@@ -7,7 +7,7 @@ ARGS ?=
 FROM_CHECKOUT := $(PYTHON) -c 'import runpy, sys, fused_gp; fused_gp.__path__.append("$(CURDIR)"); \
 	runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
 
-.PHONY: demo test test-gpu bench bench-gpu bench-systems bench-methods lint clean
+.PHONY: demo test test-gpu bench bench-gpu bench-host bench-systems bench-methods lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -29,6 +29,11 @@ bench: .venv/peers
 # `python -m benchmarks.report`.
 bench-gpu:
 	$(FROM_CHECKOUT) benchmarks --device cuda $(ARGS)
+
+# What launches cost the host, on a GPU that is not there.
+bench-host: .venv/dev
+	$(BIN)/python -m benchmarks.host --json benchmarks/results/host.json $(ARGS)
+	$(BIN)/python -m benchmarks.report
 
 bench-systems: .venv/dev
 	$(BIN)/python -m benchmarks.systems $(ARGS)

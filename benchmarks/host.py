@@ -9,7 +9,6 @@ too small for their arithmetic to count. Rounds alternate between the two, and t
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import timing
+from benchmarks import provenance, results, timing
 from benchmarks.peers import snippet
 from fused_gp import gradient_norm_penalty, interpolate
 from fused_gp.kernels.null_device import Launch, null_device
@@ -127,24 +126,24 @@ def main() -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    results: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for name, target in TARGETS.items():
         with null_device(target) as launches:
             for case, step in track(cases(SHAPE).items(), f"timing {name}", transient=True):
-                results.append({"target": name, "case": case, **measure(step, launches, options.rounds)})
+                rows.append({"target": name, "case": case, **measure(step, launches, options.rounds)})
 
     title = f"host time at {SHAPE}, fp32, torch {torch.__version__}, triton {triton.__version__}"
     columns = ("target", "case", "launches", "ours, us", "bare, us", "snippet, us", "ours / snippet", "quartiles")
     table = Table(*columns, title=title)
-    for row in results:
+    for row in rows:
         numbers = [f"{row[f'{name}_us']:.1f}" for name in OPS]
         quartiles = f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}"
         table.add_row(row["target"], row["case"], str(row["launches"]), *numbers, f"{row['ratio']:.2f}", quartiles)
     Console().print(table)
     print("bare: Functions that do nothing, which autograd alone is paid for.")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"title": title, "results": results}, indent=1))
+        about = provenance.provenance("cpu")
+        results.save(options.json, [row | about for row in rows])
 
 
 if __name__ == "__main__":

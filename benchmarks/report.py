@@ -43,7 +43,7 @@ changed between two runs beyond noise.
 """
 
 
-def page(cpu: Rows, cuda: Rows) -> str:
+def page(cpu: Rows, cuda: Rows, host: Rows) -> str:
     parts = [METHOD]
     for name, rows in (("CPU", cpu), ("GPU", cuda)):
         parts.append(f"## {name}\n")
@@ -58,7 +58,27 @@ def page(cpu: Rows, cuda: Rows) -> str:
         parts.append(f"![The tables below as pictures](../benchmarks/results/{about['device']}.png)\n")
         parts += [markdown(table) for table in tables(rows)]
         parts.append(first_calls(rows))
+    if host:
+        parts.append(host_time(host))
     return "\n".join(parts)
+
+
+def host_time(rows: Rows) -> str:
+    """What a GPU's launches cost the host, without the GPU."""
+    about = rows[0]
+    note = (
+        "`make bench-host`: processor time of the two ops at (2, 4) on a device that launches nothing, against the "
+        "snippet's operations dispatched to CPU tensors; below 1 ours is cheaper (median and quartiles). Bare: Functions "
+        "that do nothing, the least that `autograd.Function` costs. "
+        f"{about['machine']}; {about['versions']}; commit {about['commit']}, {about['date']}."
+    )
+    cells = []
+    for row in rows:
+        times = [f"{row[f'{name}_us']:.0f}" for name in ("ours", "bare", "snippet")]
+        ratio = interval([row["ratio"], row["ratio_low"], row["ratio_high"]])
+        cells.append([row["target"], row["case"], str(row["launches"]), *times, ratio])
+    headings = ["target", "case", "launches", "ours, us", "bare, us", "snippet, us", "ours / snippet"]
+    return markdown(Table("The host's time, on a GPU that is not there", note, headings, cells))
 
 
 def _copying(rows: Rows) -> float:
@@ -141,8 +161,8 @@ def draw(path: Path) -> None:
 
 
 def write() -> None:
-    cpu, cuda = results.committed("cpu"), results.committed("cuda")
-    PAGE.write_text(page(cpu, cuda))
+    cpu, cuda, host = (results.committed(name) for name in ("cpu", "cuda", "host"))
+    PAGE.write_text(page(cpu, cuda, host))
     README.write_text(readme(README.read_text(), cpu, cuda))
     print(f"pages: {PAGE.relative_to(ROOT)}, {README.name}")
 

@@ -19,9 +19,9 @@ def load(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def committed(device: str) -> list[dict[str, Any]]:
-    """The suite's run on a "cpu" or a "cuda" device; empty where none is committed."""
-    path = COMMITTED / f"{device}.json"
+def committed(name: str) -> list[dict[str, Any]]:
+    """The suite's run on a "cpu" or a "cuda" device, or the "host" time; empty where none is committed."""
+    path = COMMITTED / f"{name}.json"
     return load(path) if path.exists() else []
 
 

@@ -187,13 +187,13 @@ def test_losses_are_told(rows):
 
     assert [loss.peer for loss in tables.lost(with_ratio([0.9, 0.8, 0.99]))] == ["snippet"]
     assert not list(tables.lost(with_ratio([0.9, 0.8, 1.01])))
-    page = report.page([rows[0], rows[1] | {"over fused_gp": [0.9, 0.8, 0.99]}], [])
+    page = report.page([rows[0], rows[1] | {"over fused_gp": [0.9, 0.8, 0.99]}], [], [])
     assert "snippet over fused_gp | 0.90 (0.80 to 0.99)" in page
 
 
 def test_the_page_is_made_of_the_committed_runs():
-    cpu, cuda = results.committed("cpu"), results.committed("cuda")
-    assert report.PAGE.read_text() == report.page(cpu, cuda), "python -m benchmarks.report writes it"
+    cpu, cuda, host = (results.committed(name) for name in ("cpu", "cuda", "host"))
+    assert report.PAGE.read_text() == report.page(cpu, cuda, host), "python -m benchmarks.report writes it"
     assert report.README.read_text() == report.readme(report.README.read_text(), cpu, cuda)
 
 
@@ -204,10 +204,10 @@ def test_unmeasured_is_said_until_it_is_measured():
 
 
 def test_a_gpus_run_takes_the_sentence_away(rows):
-    assert report.UNMEASURED in report.page(rows, [])
+    assert report.UNMEASURED in report.page(rows, [], [])
     assert report.UNMEASURED in report.numbers(rows, [])
     on_device = [row | {"device": "cuda"} for row in rows]
-    assert report.UNMEASURED not in report.page(rows, on_device)
+    assert report.UNMEASURED not in report.page(rows, on_device, [])
     assert report.UNMEASURED not in report.numbers(rows, on_device)
 
 

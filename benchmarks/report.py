@@ -68,8 +68,8 @@ def host_time(rows: Rows) -> str:
     about = rows[0]
     note = (
         "`make bench-host`: processor time of the two ops at (2, 4) on a device that launches nothing, against the "
-        "snippet's operations dispatched to CPU tensors; below 1 ours is cheaper (median and quartiles). Bare: Functions "
-        "that do nothing, the least that `autograd.Function` costs. "
+        "snippet's operations dispatched to CPU tensors; below 1 ours is cheaper (median and quartiles). Bare: "
+        "Functions that do nothing, the least that `autograd.Function` costs. "
         f"{about['machine']}; {about['versions']}; commit {about['commit']}, {about['date']}."
     )
     cells = []

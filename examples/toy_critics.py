@@ -52,13 +52,12 @@ def add_noise(real: Tensor) -> Tensor:
 
 
 def make_critic(hidden_layers: int, width: int) -> nn.Sequential:
-    """ReLU, with He's initialisation."""
+    """ReLU, with He's initialisation of the weights and PyTorch's of the biases, which spreads the kinks over the plane."""
     widths = [2, *[width] * hidden_layers, 1]
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         linear = nn.Linear(inputs, outputs)
         nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-        nn.init.zeros_(linear.bias)
         layers += [linear, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

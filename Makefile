@@ -3,10 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test test-gpu bench bench-ops bench-systems bench-methods lint clean
+.PHONY: demo figures test test-gpu bench bench-ops bench-systems bench-methods lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
+
+# The pictures and numbers of docs/figures.md, into out/.
+FIGURES := value_surfaces gradients_by_layer unit_gradient_norm digits_ablation methods_compared tabular
+
+figures: .venv/demo
+	set -e; for figure in $(FIGURES); do $(BIN)/python examples/$$figure.py $(ARGS); done
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)

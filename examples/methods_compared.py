@@ -2,10 +2,10 @@
 
     python examples/methods_compared.py            a picture and a JSON in out/
 
-The digits of `digits.py` with a smooth critic. Under one seed the methods see the same weights, samples and alphas, so that
-they differ by rounding, and "directional" by the error of its difference; over many steps of a GAN such differences grow,
-so they are held against those between seeds. Beside the curves: the time of a critic step, and its peak memory in a
-process of its own.
+The digits of `digits.py` with a smooth critic. Under one seed the methods see the same weights, samples and alphas, so
+that they differ by rounding, and "directional" by the error of its difference; over many steps of a GAN such
+differences grow, so they are held against those between seeds. Beside the curves: the time of a critic step, and its
+peak memory in a process of its own.
 """
 
 import multiprocessing
@@ -23,20 +23,21 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from fused_gp import fused_gradient_penalty
+
 from digits import BATCH, BETAS, CRITIC_STEPS, LEARNING_RATE, NOISE, PENALTY_WEIGHT, make_generator
 from digits import make_critic as plain_critic
-from fused_gp import fused_gradient_penalty
 from report import COLORS, over_seeds, parse_arguments, progress, save
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from benchmarks import memory  # noqa: E402
+from benchmarks import memory
 
 METHODS = ("double_backward", "compiled", "directional")
 LARGE_BATCH = 1024  # for time and memory; with 64 of these small images, Python takes most of both
 
 
 def make_critic() -> nn.Module:
-    return nn.Sequential(*(nn.SiLU() if isinstance(module, nn.LeakyReLU) else module for module in plain_critic()))
+    return nn.Sequential(*(nn.SiLU() if isinstance(m, nn.LeakyReLU) else m for m in plain_critic().children()))
 
 
 def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor, method: str) -> tuple[Tensor, float]:
@@ -162,7 +163,11 @@ def table(results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> 
 def save_picture(path: Path, curves: dict[tuple[str, int], list[float]], costs: dict[str, dict[str, float]]) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     lines, times, peaks = figure.subplots(1, 3, width_ratios=[3, 1, 1])
-    styles = ({"linewidth": 5, "alpha": 0.35}, {"linewidth": 2}, {"linewidth": 1.2, "linestyle": "--", "color": "black"})
+    styles: tuple[dict[str, Any], ...] = (
+        {"linewidth": 5, "alpha": 0.35},
+        {"linewidth": 2},
+        {"linewidth": 1.2, "linestyle": "--", "color": "black"},
+    )
     for seed_index, seed in enumerate(sorted({seed for _, seed in curves})):
         for method, color, style in zip(METHODS, COLORS, styles, strict=False):
             curve = np.array(curves[method, seed])
@@ -173,7 +178,7 @@ def save_picture(path: Path, curves: dict[tuple[str, int], list[float]], costs: 
     lines.set(xlabel="critic step", ylabel="Wasserstein estimate, each seed")
     lines.legend()
     lines.grid(alpha=0.3)
-    for axes, key, label in ((times, "milliseconds", "ms a critic step"), (peaks, "peak_mb", "peak MB of a critic step")):
+    for axes, key, label in ((times, "milliseconds", "ms a critic step"), (peaks, "peak_mb", "peak MB of one")):
         names = [method.replace("_", "\n") for method in METHODS]
         axes.bar(names, [costs[method][key] for method in METHODS], color=COLORS[:3])
         axes.set_ylabel(label)

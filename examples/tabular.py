@@ -2,9 +2,9 @@
 
     python examples/tabular.py            a picture and a JSON in out/
 
-The table is scikit-learn's breast cancer data: 569 rows of 30 skewed, correlated measurements. As in PacGAN and CTGAN the
-critic judges some rows together, so that it sees when they are too alike; `group_size` then gives each pack one alpha and
-one norm. Before and after training: each column's distribution, and the correlations.
+The table is scikit-learn's breast cancer data: 569 rows of 30 skewed, correlated measurements. As in PacGAN and CTGAN
+the critic judges some rows together, so that it sees when they are too alike; `group_size` then gives each pack one
+alpha and one norm. Before and after training: each column's distribution, and the correlations.
 """
 
 from pathlib import Path
@@ -19,6 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from fused_gp import fused_gradient_penalty
+
 from report import COLORS, over_seeds, parse_arguments, progress, save
 
 PACK = 4

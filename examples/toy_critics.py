@@ -5,23 +5,19 @@ samples plus Gaussian noise of unit variance, so that nothing is left to learn b
 """
 
 import math
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from sklearn.datasets import make_swiss_roll
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fused_gp import fused_gradient_penalty
 
-PENALTY_WEIGHT = 10.0
-
 Sampler = Callable[[int], Tensor]  # a number of points to (number, 2)
+Pairs = Callable[[], tuple[Tensor, Tensor]]  # real and fake samples, anew at each call
 
 
 def eight_gaussians(count: int) -> Tensor:
@@ -52,7 +48,7 @@ def add_noise(real: Tensor) -> Tensor:
 
 
 def make_critic(hidden_layers: int, width: int) -> nn.Sequential:
-    """ReLU, with He's initialisation of the weights and PyTorch's of the biases, which spreads the kinks over the plane."""
+    """ReLU, with He's initialisation of the weights, and PyTorch's of the biases, which spreads the kinks."""
     widths = [2, *[width] * hidden_layers, 1]
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
@@ -68,27 +64,44 @@ def clip_weights(critic: nn.Module, bound: float) -> None:
             parameter.clamp_(-bound, bound)
 
 
-def train_critic(
-    critic: nn.Module, sample: Callable[[], tuple[Tensor, Tensor]], steps: Iterable[int], bound: float | None = None
-) -> list[float]:
-    """By weight clipping where there is a bound, else by gradient penalty. The critic's losses without the penalty."""
-    if bound is None:
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(critic.parameters(), 1e-4, (0.5, 0.9))
-    else:
-        optimizer = torch.optim.RMSprop(critic.parameters(), 5e-5)
-        clip_weights(critic, bound)
+def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    return critic(fake).mean() - critic(real).mean()
+
+
+def train_by_clipping(critic: nn.Module, sample: Pairs, steps: int, bound: float) -> list[float]:
+    """The critic's losses. RMSprop at 5e-5, as in the WGAN paper."""
+    optimizer = torch.optim.RMSprop(critic.parameters(), 5e-5)
+    clip_weights(critic, bound)
     losses = []
-    for _ in steps:
-        real, fake = sample()
-        loss = critic(fake).mean() - critic(real).mean()
-        losses.append(loss.item())
-        if bound is None:
-            loss = loss + fused_gradient_penalty(critic, real, fake, weight=PENALTY_WEIGHT)
+    for _ in range(steps):
+        loss = critic_loss(critic, *sample())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if bound is not None:
-            clip_weights(critic, bound)
+        clip_weights(critic, bound)
+        losses.append(loss.item())
+    return losses
+
+
+def train_by_penalty(
+    critic: nn.Module, sample: Pairs, steps: int, learning_rate: float, weights: Callable[[float], float]
+) -> list[float]:
+    """The critic's losses without the penalty, whose weight goes with the share of the steps that are done.
+
+    Adam, at a rate that falls to 0, so that the critic comes to rest.
+    """
+    optimizer = torch.optim.Adam(critic.parameters(), learning_rate, (0.5, 0.9))
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
+    losses = []
+    for step in range(steps):
+        real, fake = sample()
+        loss = critic_loss(critic, real, fake)
+        losses.append(loss.item())
+        loss = loss + fused_gradient_penalty(critic, real, fake, weight=weights(step / steps))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
     return losses
 
 
@@ -103,5 +116,3 @@ def optimal_coupling(real: Tensor, fake: Tensor) -> tuple[Tensor, float]:
     costs = torch.cdist(real.double(), fake.double()).numpy()
     rows, columns = linear_sum_assignment(costs)
     return torch.from_numpy(columns), float(np.mean(costs[rows, columns]))
-
-

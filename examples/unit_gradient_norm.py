@@ -2,10 +2,10 @@
 
     python examples/unit_gradient_norm.py            a picture and a JSON in out/
 
-Proposition 1 of "Improved Training of Wasserstein GANs": along the straight line from a fake sample y to the real sample
-x that the optimal transport couples it with, the optimal critic's gradient is (x - y) / |x - y|. Eight Gaussians against
-one in their middle: the coupling is computed exactly, and the critic's gradient is looked at along its lines, before,
-during and after training, with the penalty on norms on both sides of 1, and only on those above it.
+Proposition 1 of "Improved Training of Wasserstein GANs": along the straight line from a fake sample y to the real
+sample x that the optimal transport couples it with, the optimal critic's gradient is (x - y) / |x - y|. Eight Gaussians
+against one in their middle: the coupling is computed exactly, and the critic's gradient is looked at along its lines,
+before, during and after training, with the penalty on norms on both sides of 1, and only on those above it.
 """
 
 import statistics
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fused_gp import fused_gradient_penalty
+
 from report import COLORS, over_seeds, parse_arguments, progress, save
 from toy_critics import eight_gaussians, make_critic, optimal_coupling
 

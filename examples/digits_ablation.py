@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -80,7 +81,8 @@ class Judge:
             pixels / 8 - 1, labels, test_size=0.5, random_state=seed, stratify=labels
         )
         self.forest = ExtraTreesClassifier(300, random_state=seed).fit(self.known, known_labels)
-        self.network = MLPClassifier([64], random_state=seed, max_iter=500).fit(self.known, known_labels)
+        with threadpool_limits(1):  # or threads wait for one another most of the time
+            self.network = MLPClassifier([64], random_state=seed, max_iter=500).fit(self.known, known_labels)
         self.held_out_features = self.features(self.held_out)
 
     def features(self, images: np.ndarray) -> np.ndarray:
@@ -167,7 +169,8 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
 def save_picture(path: Path, results: list[dict[str, Any]], samples: dict[str, dict[int, Tensor]]) -> None:
     """Samples of the first seed over time, a row for each method; below, all seeds' critic losses."""
     figure = Figure(figsize=(9, 8), layout="constrained")
-    grids, curves = figure.subfigures(2, 1, height_ratios=[2.2, 1]).tolist()
+    halves = figure.add_gridspec(2, 1, height_ratios=[2.2, 1])
+    grids, curves = (figure.add_subfigure(halves[i]) for i in range(2))
     steps = list(next(iter(samples.values())))
     panels = grids.subplots(len(METHODS), len(steps))
     for row, name in zip(panels, METHODS, strict=True):

@@ -1,4 +1,4 @@
-"""The figures' claims: on the numbers of the full runs that docs/figures.md shows, and on short runs of the programs."""
+"""The figures' claims: on the full runs' numbers, which docs/figures.md shows, and on short runs of the programs."""
 
 import json
 import statistics
@@ -166,7 +166,7 @@ def test_exact_distance():
 
 
 def test_short_deep_critics():
-    found = {name: gradients_by_layer.run(name, 0, steps=3) for name in gradients_by_layer.BOUNDS}
+    found = {name: gradients_by_layer.run(name, 0, steps=10) for name in gradients_by_layer.BOUNDS}
     slopes = {name: row["slope_in_decades_per_layer"] for name, row in found.items()}
     assert slopes["clipping at 0.001"] < slopes["clipping at 0.01"] < -0.1
     assert slopes["clipping at 0.1"] > 0.1
@@ -185,12 +185,16 @@ def test_short_unit_gradient_norm():
         assert after["mean_cosine"] > 0.9
 
 
-def test_digits_judge():
+@pytest.fixture(scope="module")
+def judge(one_thread):
+    return digits_ablation.Judge(0)
+
+
+def test_digits_judge(judge):
     """Knows noise from digits, and one digit from ten."""
-    judge = digits_ablation.Judge(0)
     best = judge.best()
     noise = 2 * torch.rand(500, 64).double().numpy() - 1
-    assert best["score"] > 6 > 3 > judge.score(noise)
+    assert best["score"] > 2 * judge.score(noise)
     assert best["frechet_distance"] < 0.1 * judge.frechet(noise)
     assert judge.score(judge.known[:1].repeat(500, 0)) == pytest.approx(1)
     assert judge.frechet(judge.held_out) == pytest.approx(0, abs=1e-2)
@@ -198,11 +202,10 @@ def test_digits_judge():
 
 @pytest.mark.filterwarnings("ignore:.*batch normalisation:UserWarning")
 @pytest.mark.parametrize("name", digits_ablation.METHODS)
-def test_digits_critic_trains(name):
-    judge = digits_ablation.Judge(0)
-    numbers, samples = digits_ablation.run(name, 0, 4, judge)
+def test_digits_critic_trains(name, judge):
+    numbers, samples = digits_ablation.run(name, 0, 3, judge)
     assert statistics.mean(numbers["critic_loss"]) < 0
-    assert samples[4].shape == (digits_ablation.SAMPLES, 1, 8, 8)
+    assert samples[3].shape == (digits_ablation.SAMPLES, 1, 8, 8)
 
 
 def test_short_training_by_two_methods():

@@ -55,6 +55,12 @@ def test_page_shows_these_numbers(name):
     assert f"`examples/{name}.py`" in page
 
 
+def test_page_tells_the_time():
+    minutes = sum(numbers(name)["processor_seconds"] for name in PROGRAMS) / 60
+    assert minutes < 30
+    assert f"in {minutes:.0f} minutes of processor time" in (DOCS / "figures.md").read_text()
+
+
 # The claims, seed by seed, on the full runs.
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.model_selection import train_test_split
@@ -192,6 +193,7 @@ def save_picture(path: Path, results: list[dict[str, Any]], samples: dict[str, d
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=80)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # half the size
 
 
 def main() -> None:

@@ -36,9 +36,9 @@ def parse_arguments(description: str, quick: str) -> argparse.Namespace:
     return args
 
 
-def progress(things: Iterable[T], label: str, total: int | None = None) -> "tqdm[T]":
+def progress(things: Iterable[T], label: str) -> "tqdm[T]":
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file need not see every frame
-    return tqdm(things, label, total=total, mininterval=interval, dynamic_ncols=True)
+    return tqdm(things, label, mininterval=interval, dynamic_ncols=True)
 
 
 def save(path: Path, summary: dict[str, Any]) -> None:

@@ -131,8 +131,9 @@ def frechet(name):
 
 @pytest.mark.parametrize("name", ["clipping", "clipping, 10 times the rate", "penalty, BatchNorm"])
 def test_digits_are_better_under_the_penalty_without_batch_norm(name):
-    assert max(frechet("penalty")) < min(frechet(name))
-    assert max(frechet("penalty, LayerNorm")) < min(frechet(name))
+    """Seed by seed: each has a judge of its own."""
+    for plain, layer_norm, other in zip(frechet("penalty"), frechet("penalty, LayerNorm"), frechet(name), strict=True):
+        assert max(plain, layer_norm) < other
 
 
 @pytest.mark.parametrize("method", ["compiled", "directional"])

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.model_selection import train_test_split
@@ -40,7 +39,7 @@ from digits import (
     make_generator,
 )
 from digits import make_critic as plain_critic
-from report import COLORS, over_seeds, parse_arguments, progress, save
+from report import COLORS, over_seeds, parse_arguments, progress, save, save_picture
 from toy_critics import clip_weights
 
 SAMPLES = 2000
@@ -167,7 +166,7 @@ def mosaic(images: Tensor, columns: int) -> np.ndarray:
     return tiles.transpose(1, 2).flatten(0, 1).flatten(1).numpy()
 
 
-def save_picture(path: Path, results: list[dict[str, Any]], samples: dict[str, dict[int, Tensor]]) -> None:
+def draw(path: Path, results: list[dict[str, Any]], samples: dict[str, dict[int, Tensor]]) -> None:
     """Samples of the first seed over time, a row for each method; below, all seeds' critic losses."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     halves = figure.add_gridspec(2, 1, height_ratios=[2.2, 1])
@@ -192,8 +191,7 @@ def save_picture(path: Path, results: list[dict[str, Any]], samples: dict[str, d
         axes.set(xlabel="generator step", ylabel="negative critic loss", ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
-    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)  # half the size
+    save_picture(path, figure, dpi=80)
 
 
 def main() -> None:
@@ -214,7 +212,7 @@ def main() -> None:
         results.append({"method": "real digits", "seed": seed, **judge.best()})
     bar.close()
     rows = [row for row in results if row["method"] in METHODS]
-    save_picture(args.out / "digits_ablation.png", rows, samples)
+    draw(args.out / "digits_ablation.png", rows, samples)
     settings = {"steps": steps, "seeds": args.seeds, "quick": args.quick, "critic_steps": CRITIC_STEPS}
     save(args.out / "digits_ablation.json", {"settings": settings, "results": results})
     print(table(results))

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from report import COLORS, over_seeds, parse_arguments, progress, save
+from report import COLORS, over_seeds, parse_arguments, progress, save, save_picture
 from toy_critics import add_noise, clip_weights, make_critic, swiss_roll, train_by_clipping, train_by_penalty
 
 HIDDEN_LAYERS = 12
@@ -105,7 +105,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def save_picture(path: Path, results: list[dict[str, Any]]) -> None:
+def draw(path: Path, results: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     lines, *histograms = figure.subplot_mosaic(
         [["lines", "penalty", "clipping at 0.1"], ["lines", "clipping at 0.01", "clipping at 0.001"]],
@@ -129,7 +129,7 @@ def save_picture(path: Path, results: list[dict[str, Any]]) -> None:
         axes.set_xlabel("weight", fontsize=8)
         axes.set_xticks([edges[0], 0, edges[-1]], [f"{edges[0]:.2g}", "0", f"{edges[-1]:.2g}"])
         axes.tick_params(labelsize=8)
-    figure.savefig(path, dpi=110)
+    save_picture(path, figure)
 
 
 def main() -> None:
@@ -137,7 +137,7 @@ def main() -> None:
     steps = 10 if args.quick else 200
     runs = [(name, seed) for seed in args.seeds for name in BOUNDS]
     results = [run(name, seed, steps) for name, seed in progress(runs, "critics")]
-    save_picture(args.out / "gradients_by_layer.png", results)
+    draw(args.out / "gradients_by_layer.png", results)
     settings = {"steps": steps, "seeds": args.seeds, "quick": args.quick, "batch": BATCH, "width": WIDTH}
     save(args.out / "gradients_by_layer.json", {"settings": settings, "results": results})
     print(table(results))

@@ -27,7 +27,7 @@ from fused_gp import fused_gradient_penalty
 
 from digits import BATCH, BETAS, CRITIC_STEPS, LEARNING_RATE, NOISE, PENALTY_WEIGHT, make_generator
 from digits import make_critic as plain_critic
-from report import COLORS, over_seeds, parse_arguments, progress, save
+from report import COLORS, over_seeds, parse_arguments, progress, save, save_picture
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import memory
@@ -160,7 +160,7 @@ def table(results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> 
     return "\n".join(rows)
 
 
-def save_picture(path: Path, curves: dict[tuple[str, int], list[float]], costs: dict[str, dict[str, float]]) -> None:
+def draw(path: Path, curves: dict[tuple[str, int], list[float]], costs: dict[str, dict[str, float]]) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     lines, times, peaks = figure.subplots(1, 3, width_ratios=[3, 1, 1])
     styles: tuple[dict[str, Any], ...] = (
@@ -183,7 +183,7 @@ def save_picture(path: Path, curves: dict[tuple[str, int], list[float]], costs: 
         axes.bar(names, [costs[method][key] for method in METHODS], color=COLORS[:3])
         axes.set_ylabel(label)
         axes.tick_params("x", labelrotation=45, labelsize=8)
-    figure.savefig(path, dpi=110)
+    save_picture(path, figure)
 
 
 def main() -> None:
@@ -193,7 +193,7 @@ def main() -> None:
     curves = {(method, seed): train(method, seed, steps) for method, seed in progress(runs, "GANs")}
     costs = measure_costs(rounds=3 if args.quick else 30)
     results = summarise(curves)
-    save_picture(args.out / "methods_compared.png", curves, costs)
+    draw(args.out / "methods_compared.png", curves, costs)
     settings = {"steps": steps, "seeds": args.seeds, "quick": args.quick, "batch": BATCH, "large_batch": LARGE_BATCH}
     save(args.out / "methods_compared.json", {"settings": settings, "results": results, "costs": costs})
     print(table(results, costs))

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import matplotlib
 import sklearn
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 import fused_gp
@@ -39,6 +41,12 @@ def parse_arguments(description: str, quick: str) -> argparse.Namespace:
 def progress(things: Iterable[T], label: str) -> "tqdm[T]":
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds; a log file need not see every frame
     return tqdm(things, label, mininterval=interval, dynamic_ncols=True)
+
+
+def save_picture(path: Path, figure: Figure, dpi: int = 100) -> None:
+    """In a palette of 256 colours, a third of the size."""
+    figure.savefig(path, dpi=dpi)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def save(path: Path, summary: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fused_gp import fused_gradient_penalty
 
-from report import COLORS, over_seeds, parse_arguments, progress, save
+from report import COLORS, over_seeds, parse_arguments, progress, save, save_picture
 
 PACK = 4
 BATCH = 128  # rows
@@ -123,7 +123,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def save_picture(path: Path, rows: dict[str, np.ndarray], names: list[str]) -> None:
+def draw(path: Path, rows: dict[str, np.ndarray], names: list[str]) -> None:
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     panels = figure.subplots(2, 3)
     for axes, name in zip(panels.flat, SHOWN, strict=True):
@@ -142,7 +142,7 @@ def save_picture(path: Path, rows: dict[str, np.ndarray], names: list[str]) -> N
     panels[0, 0].legend(fontsize=8)
     figure.supxlabel("standard deviations from the mean", fontsize=10)
     figure.supylabel("density", fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_picture(path, figure)
 
 
 def main() -> None:
@@ -151,7 +151,7 @@ def main() -> None:
     runs = {seed: run(seed, steps) for seed in progress(args.seeds, "seeds")}
     results = [row for rows, _ in runs.values() for row in rows]
     _, _, names = load_table(args.seeds[0])
-    save_picture(args.out / "tabular.png", runs[args.seeds[0]][1], names)
+    draw(args.out / "tabular.png", runs[args.seeds[0]][1], names)
     settings = {"steps": steps, "seeds": args.seeds, "quick": args.quick, "pack": PACK, "batch": BATCH}
     save(args.out / "tabular.json", {"settings": settings, "results": results})
     print(table(results))

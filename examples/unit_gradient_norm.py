@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fused_gp import fused_gradient_penalty
 
-from report import COLORS, over_seeds, parse_arguments, progress, save
+from report import COLORS, over_seeds, parse_arguments, progress, save, save_picture
 from toy_critics import eight_gaussians, make_critic, optimal_coupling
 
 BATCH = 256
@@ -105,7 +105,7 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def save_picture(path: Path, results: list[dict[str, Any]]) -> None:
+def draw(path: Path, results: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     first = min(row["seed"] for row in results)
     steps = sorted({row["step"] for row in results})
@@ -120,14 +120,14 @@ def save_picture(path: Path, results: list[dict[str, Any]]) -> None:
         axes.set(title=f"{name} penalty", xlabel="gradient norm on the coupling's lines", yscale="log")
     panels[0].set_ylabel("points")
     panels[0].legend()
-    figure.savefig(path, dpi=110)
+    save_picture(path, figure)
 
 
 def main() -> None:
     args = parse_arguments("Gradient norms of a critic between optimally coupled samples.", "100 steps, one seed")
     steps = 100 if args.quick else 2000
     results = [row for seed in progress(args.seeds, "seeds") for row in run(seed, steps)]
-    save_picture(args.out / "unit_gradient_norm.png", results)
+    draw(args.out / "unit_gradient_norm.png", results)
     settings = {"steps": steps, "seeds": args.seeds, "quick": args.quick, "batch": BATCH, "width": WIDTH}
     settings |= {"penalty_weight": PENALTY_WEIGHT, "learning_rate": LEARNING_RATE, "betas": BETAS}
     save(args.out / "unit_gradient_norm.json", {"settings": settings, "results": results})

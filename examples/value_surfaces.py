@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from report import COLORS, over_seeds, parse_arguments, progress, save
+from report import COLORS, over_seeds, parse_arguments, progress, save, save_picture
 from toy_critics import (
     DATA,
     add_noise,
@@ -36,16 +36,15 @@ BOUND = 0.01
 LEARNING_RATE = 1e-3  # of the penalty; clipping has that of its paper
 AWAY = 0.35  # half of the way from one of the 25 Gaussians to the next
 LOOKED_AT = 4000
-COUPLED = 1000
 # Under a weight of 10 from the start a critic is slow to leave the plain cone that it finds first: 25 modes take many
 # more steps than there are here, as the last of these shows. Under 1 it is quick, but its norms end above 1.
 CRITICS = [(name, method) for name in DATA for method in (CLIPPING, PENALTY)] + [("25 Gaussians", HEAVY)]
 GRID = torch.linspace(-2.5, 2.5, 101)
 
 
-def exact_distance(name: str, draws: int) -> float:
-    """Mean over some draws of samples, each coupled exactly."""
-    distances = [optimal_coupling(DATA[name](COUPLED), add_noise(DATA[name](COUPLED)))[1] for _ in range(draws)]
+def exact_distance(name: str, draws: int, count: int) -> float:
+    """Mean over some draws of so many samples, each coupled exactly."""
+    distances = [optimal_coupling(DATA[name](count), add_noise(DATA[name](count)))[1] for _ in range(draws)]
     return float(np.mean(distances))
 
 
@@ -116,7 +115,7 @@ def table(results: list[dict[str, Any]], exact: dict[str, float]) -> str:
     return "\n".join(rows)
 
 
-def save_picture(path: Path, surfaces: dict[tuple[str, str], Tensor]) -> None:
+def draw(path: Path, surfaces: dict[tuple[str, str], Tensor]) -> None:
     """Of the first seed."""
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     panels = figure.subplots(2, len(DATA), sharex=True, sharey=True)
@@ -129,14 +128,14 @@ def save_picture(path: Path, surfaces: dict[tuple[str, str], Tensor]) -> None:
         row[0].set_ylabel("weight clipping" if method == CLIPPING else "gradient penalty", fontsize=12)
     for axes, name in zip(panels[0], DATA, strict=True):
         axes.set_title(name)
-    figure.savefig(path, dpi=100)
+    save_picture(path, figure)
 
 
 def main() -> None:
     args = parse_arguments("Value surfaces of critics by clipping and by penalty.", "30 steps, one seed")
-    steps, draws = (30, 1) if args.quick else (2000, 20)
+    steps, draws, count = (30, 1, 500) if args.quick else (2000, 5, 2000)
     torch.manual_seed(args.seeds[0])
-    exact = {name: exact_distance(name, draws) for name in DATA}
+    exact = {name: exact_distance(name, draws, count) for name in DATA}
     results: list[dict[str, Any]] = []
     surfaces: dict[tuple[str, str], Tensor] = {}
     runs = [(name, method, seed) for seed in args.seeds for name, method in CRITICS]
@@ -144,7 +143,7 @@ def main() -> None:
         numbers, values = run(name, method, seed, steps)
         results.append(numbers)
         surfaces.setdefault((name, method), values)
-    save_picture(args.out / "value_surfaces.png", surfaces)
+    draw(args.out / "value_surfaces.png", surfaces)
     settings = {"steps": steps, "seeds": args.seeds, "quick": args.quick, "batch": BATCH, "width": WIDTH, "away": AWAY}
     save(args.out / "value_surfaces.json", {"settings": settings, "exact": exact, "results": results})
     print(table(results, exact))

@@ -94,7 +94,7 @@ def test_gradients_explode_and_vanish_under_clipping_alone():
     results = numbers("gradients_by_layer")["results"]
     wanted = {
         "penalty": (-0.05, 0.05),
-        "clipping at 0.1": (0.1, 1),
+        "clipping at 0.1": (0.1, 4),
         "clipping at 0.01": (-2, -0.1),
         "clipping at 0.001": (-4, -0.1),
     }

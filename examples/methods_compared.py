@@ -180,7 +180,7 @@ def draw(path: Path, curves: dict[tuple[str, int], list[float]], costs: dict[str
     lines.grid(alpha=0.3)
     for axes, key, label in ((times, "milliseconds", "ms a critic step"), (peaks, "peak_mb", "peak MB of one")):
         names = [method.replace("_", "\n") for method in METHODS]
-        axes.bar(names, [costs[method][key] for method in METHODS], color=[*COLORS[:2], "black"])
+        axes.bar(names, [costs[method][key] for method in METHODS], color=COLORS[:3])
         axes.set_ylabel(label)
         axes.tick_params("x", labelrotation=45, labelsize=8)
     save_picture(path, figure)

@@ -7,10 +7,16 @@ ARGS ?=
 FROM_CHECKOUT := $(PYTHON) -c 'import runpy, sys, fused_gp; fused_gp.__path__.append("$(CURDIR)"); \
 	runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
 
-.PHONY: demo test test-gpu bench bench-gpu bench-host bench-systems bench-methods lint clean
+.PHONY: demo figures test test-gpu bench bench-gpu bench-host bench-systems bench-methods lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
+
+# The pictures and numbers of docs/figures.md, into out/.
+FIGURES := value_surfaces gradients_by_layer unit_gradient_norm digits_ablation methods_compared tabular
+
+figures: .venv/demo
+	set -e; for figure in $(FIGURES); do $(BIN)/python examples/$$figure.py $(ARGS); done
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup --benchmark-disable $(ARGS)

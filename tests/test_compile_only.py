@@ -171,6 +171,13 @@ def test_widths(rows):
         assert sum(stores.values()) <= (2 if row["kernel"] == "reduce_rows" else 0), row
 
 
+def test_no_thread_without_an_element(rows):
+    """Where a program has fewer elements than threads, several threads treat the same one."""
+    for row in rows:
+        if row["variant"].startswith(("rows of one", "one number")):
+            assert row["elements"] == 1, row
+
+
 def test_instructions(rows):
     for row in rows:
         if row["variant"].startswith(("rows of one", "one number")):  # a program of few elements is all fixed costs

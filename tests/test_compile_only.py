@@ -225,6 +225,14 @@ def test_unknown_targets_are_told():
     assert "got sm_91" in done.stderr
 
 
+def test_interpreted_kernels_are_told():
+    command = [sys.executable, "-m", "fused_gp", "inspect"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 has them interpreted: unset it" in done.stderr
+
+
 @pytest.mark.xdist_group("in part")
 def test_table():
     """A line for each row, below the names of the columns."""

@@ -20,7 +20,10 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 def main():
-    answers = {question.__name__: question() for question in (ops, penalties, drivers, refusal, devices, fast, watched)}
+    answers = {
+        question.__name__: question()
+        for question in (ops, penalties, drivers, refusal, devices, elsewhere, fast, watched)
+    }
     print(json.dumps(answers))
 
 
@@ -136,6 +139,14 @@ def devices():
         "second": first is not second, "again": first is again,
         "arch": [each.metadata.target.arch for each in compiled], "other": other is not first,
     }  # fmt: skip
+
+
+def elsewhere():
+    """How many of two launches on tensors of a real device are recorded: it is not looked for, nor made current."""
+    with null_device(TARGET) as launches, mock.patch.object(torch.Tensor, "get_device", return_value=0):
+        for _ in range(2):
+            kernels.interpolate(*batch())
+    return len(launches)
 
 
 def batch():

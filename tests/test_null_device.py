@@ -85,6 +85,10 @@ def test_tensors_of_a_real_device_are_recorded_too():
     assert answers()["elsewhere"] == 2
 
 
+def test_launches_go_to_the_tensors_device_and_its_stream():
+    assert answers()["current"] == [[1, 71], [1, 71], 0]
+
+
 @direct
 def test_triton_launches_where_somebody_watches():
     """Profilers and debuggers, and releases whose ways we do not know, get Triton's own launches."""

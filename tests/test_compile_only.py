@@ -206,6 +206,14 @@ def test_bytes_in_flight(rows):
         assert row["occupancy"] >= 0.25, row
 
 
+def test_reductions_may_have_enough_programs():
+    """Half of them, as many as many a shape gets, with a tile each on its way, use the bandwidth of a whole device."""
+    from fused_gp.kernels.tiles import PROGRAMS, TILE_BYTES
+
+    for target, (gigabytes, _) in BANDWIDTH.items():
+        assert gigabytes * (800 if target.startswith("sm") else 1000) <= PROGRAMS // 2 * TILE_BYTES, target
+
+
 def test_arrival(rows):
     """One in each program of a reduction that has partial sums to hand on, with the order that they need."""
     for row in rows:

@@ -31,8 +31,10 @@ def main() -> int:
         return report()
     if not triton_installed():
         command.error("needs the package triton, which is not installed")
-    from .inspection import PROCESSORS, inspect, table  # only now: it imports Triton
+    from .inspection import PROCESSORS, inspect, kernels, table  # only now: it imports Triton
 
+    if kernels.INTERPRETED:
+        command.error("compiles the kernels, but TRITON_INTERPRET=1 has them interpreted: unset it")
     unknown = [target for target in given.target if target not in PROCESSORS]
     if unknown:
         command.error(f"argument --target: must be among {', '.join(PROCESSORS)}; got {', '.join(unknown)}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch._C import _are_functorch_transforms_active
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reference, torch_ops
 
@@ -16,9 +17,9 @@ TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors are of type "cuda"
 def backend_for(backend: str, tensor: torch.Tensor) -> Any:
     """The module with the functions on rows: `fused_gp.torch_ops` or `fused_gp.kernels`.
 
-    "auto" is Triton on CUDA, ROCm and XPU tensors where Triton is installed, and plain torch elsewhere. While
-    torch.compile traces, or a torch.func transform runs, it is `fused_gp.reference`: formulas in differentiable
-    operations, through which a transform sees, and which a compiler fuses by itself.
+    "auto" is Triton on CUDA, ROCm and XPU tensors where Triton is installed, and plain torch elsewhere and for tensors
+    without memory (FakeTensor). While torch.compile traces, or a torch.func transform runs, it is `fused_gp.reference`:
+    formulas in differentiable operations, through which a transform sees, and which a compiler fuses by itself.
     """
     if traced():
         if backend not in ("auto", "torch"):
@@ -30,11 +31,16 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
     if backend == "torch" or (backend == "auto" and tensor.is_cpu):
         return torch_ops
     if backend == "auto":
-        return _kernels() if tensor.device.type in TRITON_DEVICES and triton_installed() else torch_ops
+        takes_kernels = tensor.device.type in TRITON_DEVICES and not isinstance(tensor, FakeTensor)
+        return _kernels() if takes_kernels and triton_installed() else torch_ops
     if backend != "triton":
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', got {backend!r}")
     if not triton_installed():
         raise ValueError("backend='triton' needs the package triton, which is not installed")
+    if isinstance(tensor, FakeTensor):  # its address is zero
+        raise ValueError(
+            "backend='triton' cannot run on a FakeTensor, which has no memory: use backend='auto' or 'torch'"
+        )
     kernels = _kernels()
     if tensor.device.type not in TRITON_DEVICES and not (tensor.device.type == "cpu" and kernels.take_cpu_tensors()):
         raise ValueError(

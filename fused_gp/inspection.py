@@ -182,7 +182,8 @@ def _inspection(launch: Launch, case: str, target: str) -> Inspection:
     threads = launch.compiled.metadata.num_warps * processor.target.warp_size
     programs = machine.programs(processor, threads)
     code = machine.code[: machine.arrives_at()]
-    counted = [instruction for loop in _loops_over_tiles(code) for instruction in loop] or code
+    loops = [instruction for loop in _loops_over_tiles(code) for instruction in loop]
+    counted = loops or code
 
     rows = {name: tensor for name, tensor in launch.arguments.items() if _is_batch(tensor, launch)}
     dtype = next(iter(rows.values())).dtype
@@ -191,9 +192,9 @@ def _inspection(launch: Launch, case: str, target: str) -> Inspection:
         minimum -= 1  # w' = 0: the gradients do not matter
     reads, writes = _moved(launch.compiled.asm["ttir"], f"{constants['ROWS']}x{constants['COLS']}x")
 
+    tile = max(constants["ROWS"] * constants["COLS"], threads)  # of fewer elements, several threads treat the same one
     # A compiler may have unrolled the loop: its body then loads several tiles.
-    tile = constants["ROWS"] * constants["COLS"]
-    loaded = sum(i.load for i in counted) / 8 * threads
+    loaded = sum(i.load for i in loops) / 8 * threads
     tiles = max(1, int(loaded / (tile * max(1, reads) * dtype.itemsize)))
     return Inspection(
         kernel=launch.name.removesuffix("_kernel"),

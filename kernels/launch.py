@@ -30,7 +30,7 @@ def launch(kernel: Any, programs: int, tensor: torch.Tensor, *args: Any, **const
         return
     device = driver.active.get_current_device()
     holder = tensor.get_device()
-    if holder != device and holder >= 0:  # Triton launches on the current device. Below zero: on a null device
+    if holder != device and holder >= 0 and device >= 0:  # Triton launches on the current one. Below zero: null devices
         with _current(tensor.device):
             return launch(kernel, programs, tensor, *args, **constants)
     backend = kernel.device_caches[device][3]

@@ -14,13 +14,16 @@ from triton.runtime import driver, jit
 
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, kernels, r1_penalty
 from fused_gp.kernels import interpolation, launch
-from fused_gp.kernels.null_device import null_device
+from fused_gp.kernels.null_device import _Recorder, null_device
 
 TARGET = GPUTarget("cuda", 90, 32)
 
 
 def main():
-    answers = {question.__name__: question() for question in (ops, penalties, drivers, refusal, devices, fast, watched)}
+    answers = {
+        question.__name__: question()
+        for question in (ops, penalties, drivers, refusal, devices, elsewhere, current, fast, watched)
+    }
     print(json.dumps(answers))
 
 
@@ -136,6 +139,41 @@ def devices():
         "second": first is not second, "again": first is again,
         "arch": [each.metadata.target.arch for each in compiled], "other": other is not first,
     }  # fmt: skip
+
+
+def elsewhere():
+    """How many of two launches on tensors of a real device are recorded: it is not looked for, nor made current."""
+    with null_device(TARGET) as launches, mock.patch.object(torch.Tensor, "get_device", return_value=0):
+        for _ in range(2):
+            kernels.interpolate(*batch())
+    return len(launches)
+
+
+def current():
+    """The device and the stream that two launches go to, while another device than the tensors' is current."""
+    where = []
+
+    @contextmanager
+    def made_current(device):
+        former, driver.active.device = driver.active.device, 1
+        yield
+        driver.active.device = former
+
+    def record(self, x, y, z, stream, *_):
+        where.append([driver.active.get_current_device(), stream])
+
+    with (
+        null_device(TARGET),
+        mock.patch.object(driver.active, "device", 0),
+        mock.patch.object(driver.active, "get_current_stream", lambda device: 70 + device),
+        mock.patch.object(torch.Tensor, "get_device", return_value=1),
+        mock.patch.object(launch, "_current", made_current),
+        mock.patch.object(_Recorder, "__call__", record),
+    ):
+        for _ in range(2):  # by Triton, which compiles; directly
+            kernels.interpolate(*batch())
+        where.append(driver.active.device)
+    return where
 
 
 def batch():

@@ -8,10 +8,18 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_gp import dragan_penalty, fused_gradient_penalty, gradient_norm_penalty, r1_penalty, reference
+from fused_gp import (
+    backends,
+    dragan_penalty,
+    fused_gradient_penalty,
+    gradient_norm_penalty,
+    r1_penalty,
+    reference,
+    torch_ops,
+)
 
 
 def snippet(critic, real, fake):
@@ -217,6 +225,16 @@ def test_fake_tensors_leave_nothing_behind():
         gradient_norm_penalty(torch.randn(4, 6), **options)
     x = torch.randn(4, 6)
     torch.testing.assert_close(gradient_norm_penalty(x, **options), reference.gradient_norm_penalty(x, **options))
+
+
+def test_fake_tensors_of_a_device_get_no_kernels():
+    """A kernel would be launched on the address zero, and fake counters be kept for the launches after it."""
+    with FakeTensorMode() as mode:
+        fake = torch.randn(4, 6)
+        with pytest.raises(ValueError, match="backend='triton' cannot run on a FakeTensor"):
+            gradient_norm_penalty(fake, backend="triton")
+    on_device = FakeTensor(mode, torch.empty(4, 6, device="meta"), torch.device("cuda", 0))
+    assert backends.backend_for("auto", on_device) is torch_ops
 
 
 def test_frozen_critic(batch):

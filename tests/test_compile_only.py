@@ -171,6 +171,13 @@ def test_widths(rows):
         assert sum(stores.values()) <= (2 if row["kernel"] == "reduce_rows" else 0), row
 
 
+def test_no_thread_without_an_element(rows):
+    """Where a program has fewer elements than threads, several threads treat the same one."""
+    for row in rows:
+        if row["variant"].startswith(("rows of one", "one number")):
+            assert row["elements"] == 1, row
+
+
 def test_instructions(rows):
     for row in rows:
         if row["variant"].startswith(("rows of one", "one number")):  # a program of few elements is all fixed costs
@@ -199,6 +206,14 @@ def test_bytes_in_flight(rows):
         assert row["occupancy"] >= 0.25, row
 
 
+def test_reductions_may_have_enough_programs():
+    """Half of them, as many as many a shape gets, with a tile each on its way, use the bandwidth of a whole device."""
+    from fused_gp.kernels.tiles import PROGRAMS, TILE_BYTES
+
+    for target, (gigabytes, _) in BANDWIDTH.items():
+        assert gigabytes * (800 if target.startswith("sm") else 1000) <= PROGRAMS // 2 * TILE_BYTES, target
+
+
 def test_arrival(rows):
     """One in each program of a reduction that has partial sums to hand on, with the order that they need."""
     for row in rows:
@@ -216,6 +231,14 @@ def test_unknown_targets_are_told():
     assert done.returncode == 2
     assert "argument --target: must be among sm_75, sm_80" in done.stderr
     assert "got sm_91" in done.stderr
+
+
+def test_interpreted_kernels_are_told():
+    command = [sys.executable, "-m", "fused_gp", "inspect"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 has them interpreted: unset it" in done.stderr
 
 
 @pytest.mark.xdist_group("in part")

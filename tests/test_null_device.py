@@ -81,6 +81,14 @@ def test_each_device_has_kernels_of_its_own():
     assert answers()["devices"] == {"second": True, "again": True, "arch": [90, 90, 80, 90], "other": True}
 
 
+def test_tensors_of_a_real_device_are_recorded_too():
+    assert answers()["elsewhere"] == 2
+
+
+def test_launches_go_to_the_tensors_device_and_its_stream():
+    assert answers()["current"] == [[1, 71], [1, 71], 0]
+
+
 @direct
 def test_triton_launches_where_somebody_watches():
     """Profilers and debuggers, and releases whose ways we do not know, get Triton's own launches."""

@@ -193,6 +193,8 @@ def test_reductions_run_in_few_programs_and_each_has_work(itemsize):
         covered = tiling.rows * tiling.blocks
         assert tiling.splits == 1 or covered == 1
         assert -(-rows // covered) * tiling.splits <= PROGRAMS
+        tiles = -(-rows // tiling.rows) * -(-width // tiling.cols)
+        assert 2 * -(-rows // covered) * tiling.splits >= min(PROGRAMS, tiles)  # few enough, and no fewer
         assert (tiling.splits - 1) * tiling.cols < width
 
 

@@ -13,6 +13,8 @@ import torch
 import unit_gradient_norm
 import value_surfaces
 
+from report import parse_arguments
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -63,6 +65,11 @@ def test_page_tells_the_time():
     minutes = sum(numbers(name)["processor_seconds"] for name in PROGRAMS) / 60
     assert minutes < 30
     assert f"in {minutes:.0f} minutes of processor time" in (DOCS / "figures.md").read_text()
+
+
+def test_a_seed_given_twice_is_one_run(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["figure", "--seeds", "3", "1", "3", "--out", str(tmp_path)])
+    assert parse_arguments("", "").seeds == [3, 1]
 
 
 # The claims, seed by seed, on the full runs.

@@ -24,8 +24,9 @@ QUICK_BUDGET = {"op": 1.0, "penalty": 2.0, "training step": 3.0}
 
 
 def run(
-    chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None, compiling: bool
+    chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None, compiling: bool, unfinished: Path
 ) -> list[dict[str, Any]]:
+    """The rows; those of the cases that are done are in the file `unfinished` if the run breaks off."""
     about = provenance.provenance(device)
     rows = []
     if compiling and any("compiled" in name for case in chosen for name in case.contestants()):
@@ -33,6 +34,7 @@ def run(
     copy_gb_s = bandwidth.copy_bandwidth(device)
     for case in terminal.track([(case.key, case) for case in chosen]):
         rows += measure.measure(case, device, budget[case.group], rounds, copy_gb_s, compiling)
+        results.save(unfinished, [row | about for row in rows])
     add_peaks(rows, [case for case in chosen if cases.measured_for_memory(case)], device)
     return [row | about for row in rows]
 
@@ -71,12 +73,14 @@ def main() -> None:
     whole = not (options.quick or options.only)
     folder = options.out or (results.COMMITTED if whole else Path("out/benchmarks"))
 
+    path = folder / f"{options.device}.json"
+    unfinished = (options.out or Path("out/benchmarks")) / f"{options.device}.unfinished.json"
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compile in this run what this run says the time of
         budget = QUICK_BUDGET if options.quick else BUDGET
-        rows = run(chosen, options.device, budget, options.rounds, compiling=not options.quick)
-    path = folder / f"{options.device}.json"
+        rows = run(chosen, options.device, budget, options.rounds, not options.quick, unfinished)
     results.save(path, rows)
+    unfinished.unlink()
     terminal.show(tables.tables(results.load(path)))
     print(f"rows: {path}")
     report.draw(path)

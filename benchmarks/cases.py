@@ -44,7 +44,7 @@ def cases(device: str) -> list[Case]:
         ),
         TrainingCase("MLP", (256, 2), generator=generators.points, critic=partial(critics.mlp, 2)),
         TrainingCase(
-            "DCGAN", (64, 3, 32, 32), generator=partial(generators.dcgan, 32), critic=partial(critics.dcgan, 32)
+            "DCGAN", (2 * batch, 3, 32, 32), generator=partial(generators.dcgan, 32), critic=partial(critics.dcgan, 32)
         ),
     ]
 

@@ -98,7 +98,7 @@ def measure(
         name = row["contestant"]
         if name not in turns:
             continue
-        row |= {"rounds": len(turns[name]), "steps": number, "ms": _ms(turns[name], "wall")}
+        row |= {"rounds": len(turns[name]), "steps": number[name], "ms": _ms(turns[name], "wall")}
         if device != "cpu":
             row |= {"host_ms": _ms(turns[name], "host"), "device_ms": _ms(turns[name], "device")}
             row["launches"] = launches(steps[name])

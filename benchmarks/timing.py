@@ -54,17 +54,21 @@ ROUNDS = (9, 101)  # at least, at most
 
 def interleaved(
     steps: Mapping[str, Callable[[], object]], device: str, budget: float, rounds: int | None = None
-) -> tuple[int, dict[str, list[Turn]]]:
+) -> tuple[dict[str, int], dict[str, list[Turn]]]:
     """Turns of all, round after round, each round in another order, for about `budget` seconds.
 
-    A change of the machine's speed meets all, and nobody always runs in the wake of the same neighbour. All take the
-    same number of steps in a turn, as in a training loop. Returns that number, and the turns.
+    A change of the machine's speed meets all, and nobody always runs in the wake of the same neighbour. Each takes as
+    many steps in a turn as fill SHORTEST_TURN: were they as many for all, the fastest, such as the two ops alone, would
+    have a slow critic run dozens of steps. Returns these numbers, and the turns.
     """
     names = list(steps)
-    for name in names:  # once more after the first call: caches, and what is only set up at the second
-        steps[name]()
-    once = {name: min(seconds(steps[name], device) for _ in range(3)) for name in names}
-    number = max(1, round(SHORTEST_TURN / min(once.values())))
+    number = {}
+    for name in names:
+        steps[name]()  # once more after the first call: caches, and what is only set up at the second
+        once = seconds(steps[name], device)
+        if once < 50 * SHORTEST_TURN:  # one call alone may have met a busy moment
+            once = min(once, *(seconds(steps[name], device) for _ in range(2)))
+        number[name] = max(1, round(SHORTEST_TURN / once))
     order = random.Random(0)
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     start = time.perf_counter()
@@ -74,7 +78,7 @@ def interleaved(
             break
         order.shuffle(names)
         for name in names:
-            turns[name].append(turn(steps[name], device, number))
+            turns[name].append(turn(steps[name], device, number[name]))
     return number, turns
 
 

@@ -31,6 +31,7 @@ def parse_arguments(description: str, quick: str) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for picture and JSON (default out)")
     parser.add_argument("--quick", action="store_true", help=quick)
     args = parser.parse_args()
+    args.seeds = list(dict.fromkeys(args.seeds))  # one run each
     if args.quick:
         args.seeds = args.seeds[:1]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import __main__ as main
 from benchmarks import (
     bandwidth,
     compare,
@@ -69,12 +71,50 @@ def test_plain_copies_move_as_many_bytes(model):
 def test_all_take_turns_in_changing_order():
     calls = []
     steps = {name: partial(calls.append, name) for name in "abc"}
-    number, turns = timing.interleaved(steps, "cpu", budget=0, rounds=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "SHORTEST_TURN", 0)  # one step a turn
+        number, turns = timing.interleaved(steps, "cpu", budget=0, rounds=40)
+    assert number == dict.fromkeys("abc", 1)
     assert {name: len(found) for name, found in turns.items()} == dict.fromkeys("abc", 40)
-    timed = [calls[at] for at in range(len(calls) - 120 * number, len(calls), number)]
+    timed = calls[-120:]
     rounds = {tuple(timed[at : at + 3]) for at in range(0, 120, 3)}
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
     assert len(rounds) > 1
+
+
+def test_a_slow_step_is_not_repeated_for_a_fast_one():
+    """Or the two ops beside a ResNet, which they are a thousandth of, would make `make bench` take hours."""
+    slow = []
+    steps = {"fast": lambda: None, "slow": lambda: (slow.append(1), time.sleep(2 * timing.SHORTEST_TURN))}
+    number, _ = timing.interleaved(steps, "cpu", budget=0, rounds=6)
+    assert number["fast"] > 100
+    assert number["slow"] == 1
+    assert len(slow) == 4 + 6  # four to see how long it takes
+
+
+def test_one_busy_moment_does_not_make_a_fast_step_slow():
+    calls = []
+    step = lambda: (calls.append(1), time.sleep(5 * timing.SHORTEST_TURN if len(calls) == 2 else 0))  # noqa: E731
+    number, _ = timing.interleaved({"fast": step}, "cpu", budget=0, rounds=6)
+    assert number["fast"] > 10
+
+
+def test_a_run_that_breaks_off_leaves_what_is_measured(tmp_path, monkeypatch):
+    first, second = [case for case in cases("cpu") if case.key.startswith("op: penalty, forward (64, 784")] * 2
+    measured = measure.measure
+
+    def breaks(case, *more):
+        if (tmp_path / "cpu.unfinished.json").exists():
+            raise KeyboardInterrupt
+        return measured(case, *more)
+
+    monkeypatch.setattr(measure, "measure", breaks)
+    monkeypatch.setattr(bandwidth, "copy_bandwidth", lambda device: 10.0)
+    with pytest.raises(KeyboardInterrupt):
+        main.run([first, second], "cpu", {"op": 0.0}, 6, False, tmp_path / "cpu.unfinished.json")
+    found = results.load(tmp_path / "cpu.unfinished.json")
+    assert {row["contestant"] for row in found} >= {OURS, "snippet", bandwidth.COPIES}
+    assert all(row["machine"] for row in found)
 
 
 def test_the_first_rounds_are_run_whatever_they_take():

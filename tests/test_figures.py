@@ -13,6 +13,8 @@ import torch
 import unit_gradient_norm
 import value_surfaces
 
+from report import parse_arguments
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -22,6 +24,10 @@ PROGRAMS = {
         value_surfaces, gradients_by_layer, unit_gradient_norm, digits_ablation, methods_compared, tabular
     )
 }  # fmt: skip
+
+
+def page_text():
+    return " ".join((DOCS / "figures.md").read_text().split())
 
 
 def numbers(name):
@@ -61,6 +67,11 @@ def test_page_tells_the_time():
     assert f"in {minutes:.0f} minutes of processor time" in (DOCS / "figures.md").read_text()
 
 
+def test_a_seed_given_twice_is_one_run(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["figure", "--seeds", "3", "1", "3", "--out", str(tmp_path)])
+    assert parse_arguments("", "").seeds == [3, 1]
+
+
 # The claims, seed by seed, on the full runs.
 
 
@@ -72,7 +83,17 @@ def test_penalty_estimates_the_distance_and_clipping_does_not(data):
         assert row["estimate"] < 0.5 * exact
         assert row["estimate_by_largest_norm"] < 0.75 * exact  # nor where it is scaled up to Lipschitz constant 1
     for row in rows_of(full["results"], data=data, method="penalty"):
-        assert row["estimate"] == pytest.approx(exact, rel=0.15)  # 0.1 was hoped for, and two of nine miss it
+        assert row["estimate"] == pytest.approx(exact, rel=0.15)
+
+
+def test_page_tells_how_many_estimates_miss_what_was_hoped_for():
+    full = numbers("value_surfaces")
+    errors = [
+        abs(row["estimate"] / full["exact"][row["data"]] - 1) for row in rows_of(full["results"], method="penalty")
+    ]
+    missed = [error for error in errors if error > 0.1]
+    assert (len(errors), len(missed)) == (9, 1)
+    assert f"10 %, which one of the nine misses (25 Gaussians, {100 * missed[0]:.0f} %)" in page_text()
 
 
 @pytest.mark.parametrize("data", value_surfaces.DATA)
@@ -122,6 +143,29 @@ def test_norms_are_one_after_training(penalty):
         assert after["median_norm"] == pytest.approx(1, abs=0.1)
         assert after["share_within_a_tenth_of_1"] > 0.75
         assert after["mean_cosine"] > 0.95
+
+
+def test_norms_are_where_the_penalty_and_the_distance_balance():
+    """Not at 1 + W / 20: the penalty's lines are those between any two samples."""
+    torch.manual_seed(0)
+    length = (unit_gradient_norm.eight_gaussians(10_000) - unit_gradient_norm.middle(10_000)).norm(dim=1).mean().item()
+    full = numbers("unit_gradient_norm")
+    for row in rows_of(full["results"], step=full["settings"]["steps"]):
+        assert row["median_norm"] == pytest.approx(1 + length / 20, abs=0.004)
+        assert row["median_norm"] > 1 + row["wasserstein_exact"] / 20 + 0.008
+    assert f"L = {length:.2f} in the mean" in page_text()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_penalised_loss_falls_and_rests_and_the_clipped_is_small_from_the_start(seed):
+    results = numbers("digits_ablation")["results"]
+    (row,) = rows_of(results, method="penalty", seed=seed)
+    losses = [-loss for loss in row["critic_loss"]]
+    assert max(losses[-20:]) < 0.25 * losses[0]
+    assert max(losses[-20:]) < 1.5 * min(losses[-20:])
+    for name in ("clipping", "clipping, 10 times the rate"):
+        (row,) = rows_of(results, method=name, seed=seed)
+        assert max(-loss for loss in row["critic_loss"]) < 0.02
 
 
 def frechet(name):

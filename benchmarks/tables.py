@@ -223,10 +223,16 @@ def losses(every: list[Contest]) -> Table:
 
 
 SMALL = 2**17  # elements, of 4 bytes: in cache, and too few to divide among threads
+SHORT = 20.0  # ms: a step that takes longer is the critic's
 
 
 def why(loss: Loss) -> str:
-    if prod(loss.contest.shape) < SMALL:
+    if loss.contest.dtype in ("float16", "bfloat16"):
+        return (
+            "half types: ours computes in fp32 and makes fp32 copies for it; eager peers round every result to the half "
+            "type, and a compiled one needs no copies"
+        )
+    if prod(loss.contest.shape) < SMALL and loss.contest.rows[OURS]["ms"][0] < SHORT:
         return (
             "small: a step is Python and the calls of small operations, and ours checks its arguments and chooses "
             "backend and method before it does the same"

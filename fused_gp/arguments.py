@@ -122,14 +122,14 @@ def alpha(value: Any, rows: int, reals: Sequence[Tensor]) -> Tensor:
         raise TypeError(f"alpha must be a floating tensor, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"alpha must be on the device of real, {device}, got {value.device}")
-    if value.ndim == 2 and value.shape == (rows, 1) and value.dtype == dtype and value.is_contiguous():
-        return value.resolve_neg()  # the usual case, cheaply
     if value.ndim and (value.shape[0] != rows or value.numel() != rows):
         raise ValueError(
             f"alpha must be one number per sample or group, of shape ({rows},) or ({rows}, 1, ..., 1), or one number "
             f"for all, got {_shape(value)}"
         )
-    column = value.reshape(rows, 1) if value.ndim else value.expand(rows, 1)
+    column = value if value.ndim == 2 else value.reshape(rows, 1) if value.ndim else value.expand(rows, 1)
+    if column.dtype == dtype and column.is_contiguous() and not column.is_neg():  # asking is cheaper than converting
+        return column
     return column.to(dtype).contiguous().resolve_neg()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, reference
+from . import arguments, reference, torch_ops
 from .backends import backend_for
 from .form import accumulation_type
 from .rows import from_rows, storage_order, to_rows, unit_stride
@@ -50,16 +50,29 @@ def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Te
     rows = alpha.shape[0]
     x_hats = []
     for real, fake in zip(reals, fakes, strict=True):
-        order = storage_order(real)
-        real_rows, fake_rows = to_rows(real, order, rows), to_rows(fake, order, rows)
         dtype = accumulation_type(real.dtype)
         column = alpha if alpha.dtype == dtype else alpha.to(dtype)
+        if ops is torch_ops and real.dtype == dtype:  # one operation, in any memory format, which autograd knows
+            x_hats.append(torch.lerp(real, fake, _for_samples(column, real)))
+            continue
+        order = storage_order(real)
+        real_rows, fake_rows = to_rows(real, order, rows), to_rows(fake, order, rows)
         if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad or alpha.requires_grad):
             x_hat = Interpolate.apply(real_rows, fake_rows, column, ops)
         else:  # the critic's step: nothing to differentiate, and no graph to pay for
             x_hat = ops.interpolate(real_rows, fake_rows, column)
         x_hats.append(from_rows(x_hat, order, real))
     return x_hats
+
+
+def _for_samples(column: Tensor, samples: Tensor) -> Tensor:
+    """(R, 1) -> (B, 1, ..., 1), each element for all samples of its group."""
+    rows, batch = column.shape[0], samples.shape[0]
+    if rows != batch:
+        column = column.expand(rows, batch // rows)
+    elif samples.ndim == 2:
+        return column
+    return column.reshape(batch, *[1] * (samples.ndim - 1))
 
 
 class Interpolate(torch.autograd.Function):

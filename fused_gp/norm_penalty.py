@@ -81,7 +81,10 @@ def penalise_rows(gradients: Sequence[Tensor], form: PenaltyForm, ops: Any) -> t
             grad_scale=None if form.kappa is None else 1 / form.kappa, weight=form.scale,
             reduction="sum" if form.reduce else "none", group_size=len(gradients[0]) // form.rows, return_norms=True,
         )  # fmt: skip
-    return NormPenalty.apply(form, ops, *[to_rows(g, storage_order(g), form.rows) for g in gradients])
+    rows = [to_rows(g, storage_order(g), form.rows) for g in gradients]
+    if torch.is_grad_enabled() and any([g.requires_grad for g in rows]):
+        return NormPenalty.apply(form, ops, *rows)
+    return ops.penalty_forward(rows, form)  # a value to look at: no graph to pay for
 
 
 class NormPenalty(torch.autograd.Function):

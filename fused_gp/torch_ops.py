@@ -1,18 +1,23 @@
 """The functions of `fused_gp.kernels` in plain torch, for tensors that no Triton device holds.
 
 On a CPU, a large new tensor costs more than the arithmetic that fills it, so each function makes no tensor of the
-rows' size beyond those it returns (half types make fp32 ones on the way). They know no autograd. Formulas: `kernels/`.
+rows' size beyond those it returns: what half types, and sums of products, need on the way they make block by block.
+They know no autograd. Formulas: `kernels/`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from numpy import float32
 from torch import Tensor
 
 from .form import PenaltyForm, accumulation_type
+
+# Of so many elements at a time a half type's fp32 copies, and intermediate results, are made: 4 MB in fp32.
+BLOCK = 2**20
 
 # vector_norm adds up a row in a few fp32 lanes: its error reaches 2e-6 at 200,000 elements and 4e-4 at 10^7. Norms
 # of chunks of this many elements, then the norm of those norms, keep it near 1e-7 at every length.
@@ -23,7 +28,10 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """(R, N) rows, (R, 1) alpha in the accumulation type -> new (R, N)."""
     if real.dtype == alpha.dtype:
         return torch.lerp(real, fake, alpha)
-    return torch.lerp(real.to(alpha.dtype), fake.to(alpha.dtype), alpha).to(real.dtype)
+    out = torch.empty_like(real)
+    for part, x, y, a in _blocks(out, real, fake, alpha):
+        part.copy_(x.to(a.dtype).lerp_(y.to(a.dtype), a))
+    return out
 
 
 def interpolate_adjoint(
@@ -48,11 +56,16 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
     norms = _row_norms(gradients)
     if form.kappa is not None:
         norms *= form.kappa
-    if form.eps and not form.squared:
-        norms = _with_eps(norms, form.eps)
-    distance = norms if form.squared else _excess(norms, form)
+    target, root, scale, _ = _numbers(form, norms)
+    if form.squared:
+        distance = norms
+    else:
+        # n = sqrt(||g||^2 + eps) as hypot(||g||, sqrt(eps)): one operation, which neither overflows nor waits.
+        # torch.sqrt hands more than 2048 numbers to all threads of MKL, and on busy cores takes milliseconds.
+        norms = torch.hypot(norms, root) if form.eps else norms
+        distance = _excess(norms, target, form.one_sided)
     penalty = torch.dot(distance, distance) if form.reduce else distance.square()
-    return penalty.mul_(_number(form.scale, norms)), norms
+    return penalty.mul_(scale), norms
 
 
 def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
@@ -73,17 +86,17 @@ def penalty_double_backward(
     weight = row_weight(norms, upstream, form)
     if form.squared and not upstream_needed:
         return [_scaled(u, weight) for u in cotangents], None
-    products = [torch.mul(g.to(norms.dtype), u) for g, u in zip(gradients, cotangents, strict=True)]
-    dots = products[0].sum(1)
-    for product in products[1:]:
-        dots += product.sum(1)
+    dots = _dots(gradients[0], cotangents[0], norms.dtype)
+    for g, u in zip(gradients[1:], cotangents[1:], strict=True):
+        dots += _dots(g, u, norms.dtype)
     if form.kappa is not None:
         dots.mul_(form.kappa).mul_(form.kappa)
 
     upstream_grad = None
     if upstream_needed:
-        upstream_grad = dots * _number(2 * form.scale, norms)
-        upstream_grad = upstream_grad if form.squared else upstream_grad.mul_(_half_w(norms, form))
+        target, _, _, twice = _numbers(form, norms)
+        upstream_grad = dots * twice
+        upstream_grad = upstream_grad if form.squared else upstream_grad.mul_(_half_w(norms, target, form))
         upstream_grad = upstream_grad.sum() if form.reduce else upstream_grad
     if form.squared:
         return [_scaled(u, weight) for u in cotangents], upstream_grad
@@ -94,26 +107,24 @@ def penalty_double_backward(
     bend = (upstream * inverse).mul_(2 * form.target * form.scale) * (dots * inverse)
     if form.kappa is not None:
         bend.mul_(form.kappa).mul_(form.kappa)
-    grads = []
-    for g, u, product in zip(gradients, cotangents, products, strict=True):
-        grad = torch.mul(g, inverse[:, None], out=product).mul_(bend[:, None])
-        grads.append(grad.addcmul_(u, weight).to(g.dtype))
-    return grads, upstream_grad
+    columns = inverse[:, None], bend[:, None], weight
+    return [_bent(g, u, *columns) for g, u in zip(gradients, cotangents, strict=True)], upstream_grad
 
 
 def row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
     """upstream * scale * kappa^2 * w(n), as a column, or as one number where all rows have the same."""
-    factor = upstream * _number(2 * form.scale, norms)
+    target, _, _, twice = _numbers(form, norms)
+    factor = upstream * twice
     if form.kappa is not None:
         factor.mul_(form.kappa).mul_(form.kappa)
     if form.squared:  # w = 2
         return factor.unsqueeze(1) if factor.ndim else factor
-    return _half_w(norms, form).mul_(factor).unsqueeze(1)
+    return _half_w(norms, target, form).mul_(factor).unsqueeze(1)
 
 
-def _half_w(norms: Tensor, form: PenaltyForm) -> Tensor:
+def _half_w(norms: Tensor, target: Tensor | float, form: PenaltyForm) -> Tensor:
     """w(n) / 2 = (n - t) / n. Few operations: at GAN sizes each costs more than its work."""
-    half = _excess(norms, form).div_(norms)
+    half = _excess(norms, target, form.one_sided).div_(norms)
     if form.eps >= 1e-30:  # such an eps leaves no norm at zero
         return half
     if form.one_sided:
@@ -122,11 +133,41 @@ def _half_w(norms: Tensor, form: PenaltyForm) -> Tensor:
     return half.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=0.0)
 
 
+def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Some rows of each at a time, so few that what is computed from them stays in cache."""
+    rows, width = tensors[0].shape
+    step = max(1, BLOCK // width)
+    return [tensors] if step >= rows else zip(*[t.split(step) for t in tensors], strict=True)
+
+
+def _joined(columns: list[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(columns)
+
+
 def _scaled(rows: Tensor, column: Tensor) -> Tensor:
     """Each row times its element of the column, or all times one number, in its precision, rounded once."""
     if rows.dtype == column.dtype:
         return torch.mul(rows, column)
-    return torch.mul(rows, column, out=torch.empty_like(rows))
+    out = torch.empty_like(rows)
+    for part, x, factor in _blocks(out, rows, column.expand(rows.shape[0], 1)):
+        part.copy_(x.to(factor.dtype).mul_(factor))
+    return out
+
+
+def _dots(gradients: Tensor, cotangents: Tensor, dtype: torch.dtype) -> Tensor:
+    """<g, u> of each row."""
+    return _joined([(g.to(dtype) * u).sum(1) for g, u in _blocks(gradients, cotangents)])
+
+
+def _bent(gradients: Tensor, cotangents: Tensor, inverse: Tensor, bend: Tensor, weight: Tensor) -> Tensor:
+    """bend (g / n) + weight u."""
+    out = torch.empty_like(gradients)
+    for part, g, u, i, b, w in _blocks(out, gradients, cotangents, inverse, bend, weight):
+        grad = part if part.dtype == i.dtype else torch.empty_like(part, dtype=i.dtype)
+        torch.mul(g, i, out=grad).mul_(b).addcmul_(u, w)
+        if grad is not part:
+            part.copy_(grad)
+    return out
 
 
 def _row_norms(gradients: Sequence[Tensor]) -> Tensor:
@@ -142,39 +183,41 @@ def _row_norms(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _norms_of_one(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    if rows.dtype != dtype and rows.dtype != torch.float32:
+        return _joined([_norms_of_one(x.to(dtype), dtype) for (x,) in _blocks(rows)])
     width = rows.shape[1]
     if width <= CHUNK or dtype == torch.float64:
         return torch.linalg.vector_norm(rows, 2, 1, dtype=dtype)
     whole = width // CHUNK * CHUNK
-    chunks = torch.linalg.vector_norm(rows[:, :whole].unflatten(1, (-1, CHUNK)), 2, 2, dtype=dtype)
+    chunked = rows if whole == width else rows[:, :whole]
+    chunks = torch.linalg.vector_norm(chunked.view(rows.shape[0], -1, CHUNK), 2, 2, dtype=dtype)
     if whole < width:
         rest = torch.linalg.vector_norm(rows[:, whole:], 2, 1, True, dtype=dtype)
         chunks = torch.cat((chunks, rest), 1)
     return torch.linalg.vector_norm(chunks, 2, 1)
 
 
-def _excess(norms: Tensor, form: PenaltyForm) -> Tensor:
-    difference = norms - _number(form.target, norms)
-    return difference.clamp_(min=0) if form.one_sided else difference  # clamp keeps NaN
+def _excess(norms: Tensor, target: Tensor | float, one_sided: bool) -> Tensor:
+    difference = torch.sub(norms, target)
+    return difference.clamp_(min=0) if one_sided else difference  # clamp keeps NaN
 
 
-def _with_eps(norms: Tensor, eps: float) -> Tensor:
-    """n = sqrt(||g||^2 + eps) as hypot(||g||, sqrt(eps)): one operation, which neither overflows nor waits.
+def _numbers(form: PenaltyForm, norms: Tensor) -> Any:
+    """target, sqrt(eps), scale and 2 scale.
 
-    torch.sqrt hands more than 2048 numbers to all threads of MKL, and on busy cores takes milliseconds.
+    On the CPU as tensors: of a number torch makes one at every operation, which on small tensors takes longer than the
+    operation. Other devices and kinds of tensor (FakeTensor) get numbers, but for hypot, which takes tensors only.
     """
-    root = math.sqrt(eps if norms.dtype == torch.float64 else float32(eps))
-    plain = type(norms) is Tensor and norms.is_cpu
-    return torch.hypot(norms, _tensor(root, norms.dtype) if plain else norms.new_full((), root))
-
-
-def _number(value: float, like: Tensor) -> Tensor | float:
-    """For CPU tensors, a number as a tensor: torch otherwise makes one of it at every operation, which on small tensors
-    takes longer than the operation. Other devices and other kinds of tensor (FakeTensor) get the number itself.
-    """
-    return _tensor(value, like.dtype) if type(like) is Tensor and like.is_cpu else value
+    if type(norms) is Tensor and norms.is_cpu:
+        return _tensors(form.target, form.eps, form.scale, norms.dtype)
+    return form.target, norms.new_full((), _root(form.eps, norms.dtype)), form.scale, 2 * form.scale
 
 
 @lru_cache(maxsize=256)
-def _tensor(value: float, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(value, dtype=dtype, device="cpu")
+def _tensors(target: float, eps: float, scale: float, dtype: torch.dtype) -> list[Tensor]:
+    numbers = target, _root(eps, dtype), scale, 2 * scale
+    return [torch.tensor(number, dtype=dtype, device="cpu") for number in numbers]
+
+
+def _root(eps: float, dtype: torch.dtype) -> float:
+    return math.sqrt(eps if dtype == torch.float64 else float32(eps))

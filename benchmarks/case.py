@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Peer
+from benchmarks.ours import contestants
+from benchmarks.peers import Peer, peers_of_calls
 
 Step = Callable[[], list[Tensor]]
 
@@ -54,3 +55,13 @@ class Case(ABC):
     def moved(self) -> int | None:
         """Bytes that the step has to move, where that is known."""
         return None
+
+
+@dataclass(frozen=True)
+class CallCase(Case):
+    """Of the whole call, with a critic."""
+
+    options: tuple[dict[str, Any], ...] = ({}, {"method": "compiled"})  # of ours, one contestant each
+
+    def contestants(self) -> dict[str, Callable[[], Peer]]:
+        return {**contestants(*self.options), **peers_of_calls(len(self.shape))}

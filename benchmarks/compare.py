@@ -62,6 +62,10 @@ def _key(row: Row) -> tuple[Any, ...]:
     return row["group"], row["case"], tuple(row["shape"]), row["dtype"], row["device"], row["contestant"]
 
 
+def _timed(rows: list[Row]) -> set[str]:
+    return {f"{row['contestant']} at {row['case']} {row['shape']} {row['dtype']}" for row in rows if "ms" in row}
+
+
 def table(found: list[Change], first: list[Row], second: list[Row]) -> Table:
     rows = []
     for change in found:
@@ -69,8 +73,11 @@ def table(found: list[Change], first: list[Row], second: list[Row]) -> Table:
         case = f"{change.row['case']} {shape(tuple(change.row['shape']))} {change.row['dtype']}"
         what = f"{change.row['contestant']}: {change.what}"
         rows.append([case, what, show(change.before), show(change.after), "better" if change.better else "worse"])
-    missing = len({_key(row) for row in first} ^ {_key(row) for row in second})
-    note = f"{len(found)} changes in {len(second)} rows; {missing} rows are in one of the two only."
+    note = f"{len(found)} changes in {len(second)} rows."
+    for name, ours, theirs in (("A", first, second), ("B", second, first)):
+        alone = sorted(_timed(ours) - _timed(theirs))  # absent from the other, or wrong there
+        if alone:
+            note += f" Timed in {name} only: {', '.join(alone)}."
     return Table("Changes beyond noise", note, ["case", "what", "before", "after", ""], rows)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import ops
-from benchmarks.case import Case, Entry, Step
-from benchmarks.ours import contestants, ours
-from benchmarks.peers import Peer, peers_of_calls
+from benchmarks.case import CallCase, Entry, Step
+from benchmarks.ours import ours
+from benchmarks.peers import Peer
 
 TWO_OPS = "the two ops alone"
 
@@ -26,14 +26,10 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PenaltyCase(Case):
+class PenaltyCase(CallCase):
     group: ClassVar[str] = "penalty"
     critic: Callable[[], nn.Module] = nn.Identity
     group_size: int = 1
-    options: tuple[dict[str, Any], ...] = ({}, {"method": "compiled"})  # of our call, one contestant each
-
-    def contestants(self) -> dict[str, Callable[[], Peer]]:
-        return {**contestants(*self.options), **peers_of_calls(len(self.shape))}
 
     def inputs(self, device: str) -> Inputs:
         torch.manual_seed(0)

@@ -30,7 +30,8 @@ changed between two runs beyond noise.
 
 - **Peers** ([benchmarks/peers](../benchmarks/peers)) are what people use, each in its best form: the snippet that is
   copied from one repository to the next; `norm(2, 1)` without an epsilon; a tidy version of `lerp` and `vector_norm`;
-  TF-GAN's formula; `torch.func.grad`; the same under `torch.compile`; and the package `ctgan`'s own method.
+  TF-GAN's formula; `torch.func.grad`; the same under `torch.compile` (the ops alone: the snippet's,
+  compiled); and the package `ctgan`'s own method.
 - **Right first.** Value and gradients of everybody are held to the reference in fp64 from the same inputs and alphas;
   who is wrong, or cannot run here, is not timed, and listed.
 - **In turns.** All run in one process, round after round, each in another order, so that a change of the machine's

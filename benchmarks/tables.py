@@ -229,8 +229,8 @@ SHORT = 20.0  # ms: a step that takes longer is the critic's
 def why(loss: Loss) -> str:
     if loss.contest.dtype in ("float16", "bfloat16"):
         return (
-            "half types: ours computes in fp32 and makes fp32 copies for it; eager peers round every result to the "
-            "half type, and a compiled one needs no copies"
+            "half types: ours computes in fp32 and rounds once, by fp32 copies of blocks; eager peers round every "
+            "result to the half type, and a compiled one needs no copies"
         )
     if prod(loss.contest.shape) < SMALL and loss.contest.rows[OURS]["ms"][0] < SHORT:
         return (

@@ -1,9 +1,12 @@
 """A progress bar and tables; plain lines where rich is missing, as on a machine with a device and no network.
 
+Lines too where nobody looks at a terminal: in a log a bar is nothing at all.
+
 The intervals of the ratios are in the JSON and on the page; here they would make every table too wide.
 """
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import TypeVar
@@ -16,7 +19,7 @@ RICH = find_spec("rich") is not None
 
 def track(jobs: Sequence[tuple[str, T]]) -> Iterator[T]:
     """The jobs, each announced by its name."""
-    if not RICH:
+    if not RICH or not sys.stdout.isatty():
         for number, (name, job) in enumerate(jobs, 1):
             print(f"{number}/{len(jobs)} {name}", flush=True)
             yield job

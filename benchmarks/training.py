@@ -3,15 +3,14 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import generators
-from benchmarks.case import Case, Entry, Step
-from benchmarks.ours import contestants
-from benchmarks.peers import Peer, peers_of_calls
+from benchmarks.case import CallCase, Entry, Step
+from benchmarks.peers import Peer
 from benchmarks.penalty import TWO_OPS, two_ops
 
 CRITIC_UPDATES = 5
@@ -27,14 +26,10 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrainingCase(Case):
+class TrainingCase(CallCase):
     group: ClassVar[str] = "training step"
     generator: Callable[[], nn.Module] = nn.Identity
     critic: Callable[[], nn.Module] = nn.Identity
-    options: tuple[dict[str, Any], ...] = ({}, {"method": "compiled"})
-
-    def contestants(self) -> dict[str, Callable[[], Peer]]:
-        return {**contestants(*self.options), **peers_of_calls(len(self.shape))}
 
     def inputs(self, device: str) -> Inputs:
         torch.manual_seed(0)

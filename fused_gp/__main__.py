@@ -39,7 +39,7 @@ def main() -> int:
     if unknown:
         command.error(f"argument --target: must be among {', '.join(PROCESSORS)}; got {', '.join(unknown)}")
     with ProcessPoolExecutor() as pool:
-        rows = [row for found in pool.map(inspect, given.target) for row in found]
+        rows = [row for found in pool.map(inspect, dict.fromkeys(given.target)) for row in found]
     print(json.dumps([row._asdict() for row in rows], indent=1) if given.json else table(rows))
     return 0
 

@@ -128,9 +128,9 @@ def alpha(value: Any, rows: int, reals: Sequence[Tensor]) -> Tensor:
             f"for all, got {_shape(value)}"
         )
     column = value if value.ndim == 2 else value.reshape(rows, 1) if value.ndim else value.expand(rows, 1)
-    if column.dtype == dtype and column.is_contiguous() and not column.is_neg():  # asking is cheaper than converting
-        return column
-    return column.to(dtype).contiguous().resolve_neg()
+    if column.dtype != dtype or not column.is_contiguous():  # asking is cheaper than converting
+        column = column.to(dtype).contiguous()
+    return column.resolve_neg()
 
 
 def generator(value: Any, device: torch.device) -> None:

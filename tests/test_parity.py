@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference
+from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference, torch_ops
 from fused_gp.rows import storage_order, to_rows
 
 from conftest import PLACES, Place
@@ -248,3 +248,22 @@ def test_all_pairs_of_options():
     gradients = gradients_like((4, 9), torch.float64, "cpu")
     for one, two in itertools.combinations(FORMS, 2):
         assert_same_to_second_order(one | two, gradients, Place("torch", "cpu"))
+
+
+CPU = Place("torch", "cpu")
+BLOCKS = [1, 2 * 23, 4 * 23, 5 * 23, 1000]  # single rows; two, two, one; four, one; all at once
+
+
+@pytest.mark.parametrize("form", [{}, {"one_sided": True, "reduction": "none"}, {"squared": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_penalty_in_blocks(monkeypatch, block, dtype, form):
+    monkeypatch.setattr(torch_ops, "BLOCK", block)
+    assert_same_to_second_order(form, gradients_like((5, 23), dtype, "cpu"), CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_interpolation_in_blocks(monkeypatch, block, dtype):
+    monkeypatch.setattr(torch_ops, "BLOCK", block)
+    test_interpolate(CPU, (5, 23), dtype)

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .tiles import cdiv, pointers, tile, tile_of
+from .tiles import pointers, tile, tile_of
 
 
 @triton.jit
@@ -55,11 +55,11 @@ def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
     """(R, N) rows with unit inner stride, (R, 1) alpha in the accumulation type -> new (R, N)."""
     rows, width = real.shape
     out = real.new_empty(rows, width)
-    tiling = tile(rows, width, real.element_size())
-    tiles = cdiv(width, tiling.cols)
+    tiling = tile(rows, width, real.itemsize)
     launch(
-        interpolate_kernel, cdiv(rows, tiling.rows) * tiles, out,
-        real, fake, alpha, out, rows, width, tiles, real.stride(0), fake.stride(0), ROWS=tiling.rows, COLS=tiling.cols,
+        interpolate_kernel, tiling.programs,
+        (real, fake, alpha, out), (rows, width, tiling.tiles, real.stride()[0], fake.stride()[0]),
+        (), (tiling.rows, tiling.cols),
     )  # fmt: skip
     return out
 
@@ -71,12 +71,11 @@ def interpolate_adjoint(
     rows, width = cotangent.shape
     real_grad = cotangent.new_empty(rows, width) if real_needed else None
     fake_grad = cotangent.new_empty(rows, width) if fake_needed else None
-    tiling = tile(rows, width, cotangent.element_size())
-    tiles = cdiv(width, tiling.cols)
+    tiling = tile(rows, width, cotangent.itemsize)
     launch(
-        interpolate_adjoint_kernel, cdiv(rows, tiling.rows) * tiles, cotangent,
-        cotangent, alpha, real_grad, fake_grad, rows, width, tiles, cotangent.stride(0),
-        ROWS=tiling.rows, COLS=tiling.cols,
+        interpolate_adjoint_kernel, tiling.programs,
+        (cotangent, alpha, real_grad, fake_grad), (rows, width, tiling.tiles, cotangent.stride()[0]),
+        (), (tiling.rows, tiling.cols),
     )  # fmt: skip
     return real_grad, fake_grad
 
@@ -85,11 +84,11 @@ def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, 
     """(R, N) rows and gradients, (R, 1) column in the accumulation type -> points + column gradients, and minus it."""
     rows, width = points.shape
     plus, minus = points.new_empty(rows, width), points.new_empty(rows, width)
-    tiling = tile(rows, width, points.element_size())
-    tiles = cdiv(width, tiling.cols)
+    tiling = tile(rows, width, points.itemsize)
     launch(
-        perturb_kernel, cdiv(rows, tiling.rows) * tiles, points,
-        points, gradients, column, plus, minus, rows, width, tiles, points.stride(0), gradients.stride(0),
-        ROWS=tiling.rows, COLS=tiling.cols,
+        perturb_kernel, tiling.programs,
+        (points, gradients, column, plus, minus),
+        (rows, width, tiling.tiles, points.stride()[0], gradients.stride()[0]),
+        (), (tiling.rows, tiling.cols),
     )  # fmt: skip
     return plus, minus

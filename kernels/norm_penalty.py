@@ -26,7 +26,7 @@ from torch import Tensor
 from fused_gp.form import PenaltyForm, accumulation_type
 
 from .launch import arrivals, launch
-from .tiles import cdiv, mask_of, pointers, power_of_two_from, reduction_tile, tile, tile_of
+from .tiles import mask_of, pointers, power_of_two_from, reduction_tile, tile, tile_of
 
 
 @triton.jit
@@ -146,9 +146,12 @@ def reduce_rows_kernel(
         else:
             tl.store(partials + program + tl.arange(0, 1), total)  # ROWS and blocks are 1 here
     if SPLITS == 1 and REDUCE:
-        tl.store(partials + program, tl.sum(share, axis=0))
+        if arrived is None:  # nobody else comes
+            tl.store(penalty, tl.sum(share, axis=0))
+        else:
+            tl.store(partials + program, tl.sum(share, axis=0))
 
-    if REDUCE or SPLITS > 1:
+    if arrived is not None:
         # The last program to arrive finishes. On its way there every partial sum passes
         #   the store       plain, by a thread that Triton chooses;
         #   the barrier     the stores of all the program's threads come before the arrival, which one of them makes;
@@ -274,18 +277,24 @@ def _reduce_rows(
         result = penalty if index == last else None
         rows, width = g.shape
         reduce = form.reduce and result is not None
-        tiling = reduction_tile(rows, width, g.element_size())
-        programs = cdiv(rows, tiling.rows * tiling.blocks) * tiling.splits
-        finishes = reduce or tiling.splits > 1  # only then are there partial sums, and somebody to finish them
+        tiling = reduction_tile(rows, width, g.itemsize)
+        programs, splits = tiling.programs, tiling.splits
+        meet = programs > 1 and (reduce or splits > 1)  # only then are there partial sums, and somebody to finish them
         launch(
-            reduce_rows_kernel, programs, g,
-            g, u, norms, carried, sums, result,
-            norms.new_empty(programs) if finishes else None, arrivals(g.device) if finishes else None, kappa_at,
-            rows, width, cdiv(width, tiling.cols), tiling.splits, tiling.blocks,
-            g.stride(0), 0 if u is None else u.stride(0),
-            kappa, form.eps, form.target, form.scale,
-            ROWS=tiling.rows, COLS=tiling.cols, SPLITS=power_of_two_from(tiling.splits),
-            ONE_SIDED=form.one_sided, SQUARED=form.squared, LAST=index == last, REDUCE=reduce,
+            reduce_rows_kernel, programs,
+            (
+                g, u, norms, carried, sums, result,
+                norms.new_empty(programs) if meet else None, arrivals(g.device) if meet else None, kappa_at,
+            ),
+            (
+                rows, width, tiling.tiles, splits, tiling.blocks,
+                g.stride()[0], 0 if u is None else u.stride()[0],
+            ),
+            (kappa, form.eps, form.target, form.scale),
+            (
+                tiling.rows, tiling.cols, power_of_two_from(splits),
+                form.one_sided, form.squared, index == last, reduce,
+            ),
         )  # fmt: skip
         carried = sums
 
@@ -302,15 +311,16 @@ def _scale_rows(
     kappa, kappa_at = _kappa(form)
     upstream = upstream.resolve_neg()
     out = gradients.new_empty(rows, width)
-    tiling = tile(rows, width, gradients.element_size())
-    tiles = cdiv(width, tiling.cols)
+    tiling = tile(rows, width, gradients.itemsize)
     launch(
-        scale_rows_kernel, cdiv(rows, tiling.rows) * tiles, gradients,
-        gradients, cotangents, norms, dots, upstream, kappa_at, out,
-        rows, width, tiles, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
-        upstream.stride(0) if upstream.ndim else 0,
-        kappa, form.target, form.scale,
-        ROWS=tiling.rows, COLS=tiling.cols, ONE_SIDED=form.one_sided, SQUARED=form.squared,
+        scale_rows_kernel, tiling.programs,
+        (gradients, cotangents, norms, dots, upstream, kappa_at, out),
+        (
+            rows, width, tiling.tiles, gradients.stride()[0], 0 if cotangents is None else cotangents.stride()[0],
+            upstream.stride()[0] if upstream.ndim else 0,
+        ),
+        (kappa, form.target, form.scale),
+        (tiling.rows, tiling.cols, form.one_sided, form.squared),
     )  # fmt: skip
     return out
 

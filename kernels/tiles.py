@@ -4,6 +4,7 @@ A small fixed table instead of an autotuner: a setting that changed from run to 
 summation, and with it the last bits of every penalty.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -35,10 +36,13 @@ PROGRAMS = 2048
 
 
 class Tiling(NamedTuple):
-    """Tiles of `rows` x `cols`. In a reduction `splits` programs share the tiles of a row, or one walks `blocks` tiles
-    of different rows, one after the other.
+    """How many programs there are, and the tiles of `rows` x `cols` that they treat, `tiles` of them along a row. In a
+    reduction `splits` programs share the tiles of a row, or one walks `blocks` tiles of different rows, one after the
+    other.
     """
 
+    programs: int
+    tiles: int
     rows: int
     cols: int
     splits: int = 1
@@ -54,20 +58,27 @@ def power_of_two_from(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# Training asks for the same few tilings at every step, and working one out takes as long as allocating a tensor.
+@lru_cache(maxsize=1024)
 def tile(rows: int, width: int, itemsize: int) -> Tiling:
     """For kernels that write every element: one tile per program, several short rows in one tile."""
     elements = TILE_BYTES // itemsize
     cols = min(elements, power_of_two_from(width))
-    return Tiling(min(elements // cols, power_of_two_from(rows)), cols)
+    tile_rows = min(elements // cols, power_of_two_from(rows))
+    tiles = cdiv(width, cols)
+    return Tiling(cdiv(rows, tile_rows) * tiles, tiles, tile_rows, cols)
 
 
+@lru_cache(maxsize=1024)
 def reduction_tile(rows: int, width: int, itemsize: int) -> Tiling:
     """For row sums: at most `PROGRAMS` programs, and as many as that where there are tiles for them."""
     tiling = tile(rows, width, itemsize)
     groups = cdiv(rows, tiling.rows)
     if groups >= PROGRAMS or tiling.rows > 1:
-        return tiling._replace(blocks=cdiv(groups, PROGRAMS))
-    return tiling._replace(splits=min(PROGRAMS // rows, cdiv(width, tiling.cols)))
+        blocks = cdiv(groups, PROGRAMS)
+        return tiling._replace(programs=cdiv(groups, blocks), blocks=blocks)
+    splits = min(PROGRAMS // rows, tiling.tiles)
+    return tiling._replace(programs=rows * splits, splits=splits)
 
 
 @triton.jit

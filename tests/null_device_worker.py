@@ -22,7 +22,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 def main():
     answers = {
         question.__name__: question()
-        for question in (ops, penalties, drivers, refusal, devices, elsewhere, current, fast, watched)
+        for question in (ops, penalties, lone, drivers, refusal, devices, elsewhere, current, fast, many, watched)
     }
     print(json.dumps(answers))
 
@@ -98,6 +98,22 @@ class Both(torch.nn.Module):
 
     def forward(self, inputs):
         return self.critic(inputs[0] + 2 * inputs[1])
+
+
+def lone():
+    """What a reduction's programs meet in, by how many programs there are."""
+    met = {}
+    for shape in ((2, 4), (64, 2), (3, 1500), (1, 9000)):
+        for reduction in ("mean", "none"):
+            with null_device(TARGET) as launches:
+                gradient_norm_penalty(torch.randn(shape), reduction=reduction, backend="triton")
+            given = launches[0].arguments
+            met[f"{shape}, {reduction}"] = [
+                launches[0].grid[0],
+                None if given["partials"] is None else given["partials"].numel(),
+                given["arrived"] is not None,
+            ]
+    return met
 
 
 def drivers():
@@ -211,11 +227,10 @@ def fast():
         seen = []
         for _ in range(2):  # the second time through, all is known, and nothing of one variant may serve another
             for name, changes in variants.items():
-                values = {**base, "ROWS": 4, "COLS": 32, **changes}
-                constants = {key: values.pop(key) for key in ("ROWS", "COLS")}
+                values = tuple({**base, "ROWS": 4, "COLS": 32, **changes}.values())
                 with counted_runs() as runs:
-                    launch.launch(kernel, 6, x, *values.values(), **constants)
-                launch._launch_by_triton(kernel, 6, tuple(values.values()), constants)
+                    launch.launch(kernel, 6, values[:4], values[4:9], (), values[9:])
+                launch._launch_by_triton(kernel, 6, *values)
                 ours, tritons = launches[-2:]
                 seen.append(tritons.compiled)
                 answers[name] = {
@@ -226,6 +241,17 @@ def fast():
                     "shared": next(n for n, other in zip(variants, seen, strict=False) if other is tritons.compiled),
                 }
     return answers
+
+
+def many():
+    """Launches that are known, after more shapes than are kept; and how many of two of the last shape Triton makes."""
+    with null_device(TARGET), mock.patch.object(launch, "_MOST_KNOWN", 5):
+        for width in range(1, 20):
+            kernels.interpolate(torch.randn(4, width), torch.randn(4, width), torch.rand(4, 1))
+        with counted_runs() as runs:
+            for _ in range(2):
+                kernels.interpolate(torch.randn(4, width), torch.randn(4, width), torch.rand(4, 1))
+    return [len(launch._known), len(runs)]
 
 
 @contextmanager

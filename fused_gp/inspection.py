@@ -115,6 +115,8 @@ CASES = (
     Case("many rows", 2049, 65536, TWO, ("forward", "double")),
     Case("short rows", 64, 784, TWO, MAIN),
     Case("many short rows", 16384, 784, SINGLE, ("forward", "double")),
+    Case("short rows of 100", 64, 100, TWO, ("forward", "interpolate", "double")),
+    Case("short rows of 1000", 64, 1000, (torch.bfloat16,), ("forward", "interpolate", "double")),
     Case("odd rows", 3, 9001, SINGLE, MAIN),
     Case("rows of one", 64, 1, SINGLE, ("forward", "interpolate", "double")),
     Case("one number", 1, 1, SINGLE, ("forward", "double")),

@@ -31,9 +31,9 @@ def launch(
 
     A kernel that was launched before is found by a key of our own and called as Triton would call it: at a GAN's sizes,
     `kernel[grid]` takes longer than the kernel. The key is finer than Triton's, which has of a tensor its type and
-    whether it is aligned, and of an integer whether it is 1, a multiple of 16, or one of more than 32 bits. AMD's
-    compiler is told besides whether a tensor's memory ends before 2^31 bytes, so that its offsets fit into 32 bits:
-    what they are depends on the integers alone.
+    whether it is aligned, and of an integer whether it is 1 and whether it has more than 32 bits. For AMD it has of a
+    tensor also whether its storage ends within 2^31 bytes, so that offsets fit into 32 bits: these depend on nothing
+    but the integers.
     """
     if not DIRECT or isinstance(kernel, InterpretedFunction) or _watched():
         with _current(tensors[0].device):
@@ -44,7 +44,7 @@ def launch(
     if holder != device and holder >= 0 and device >= 0:  # Triton launches on the current one. Below zero: null devices
         with _current(tensors[0].device):
             return launch(kernel, programs, tensors, integers, floats, constants)
-    types = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16) for tensor in tensors]
+    types = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
     key = (kernel.fn, device, integers, constants, *types)
     known = _known.get(key)
     if known is None:

@@ -81,6 +81,29 @@ def reduction_tile(rows: int, width: int, itemsize: int) -> Tiling:
     return tiling._replace(programs=rows * splits, splits=splits)
 
 
+# Of these numbers it does not matter whether they are multiples of 16: Triton shall not compile a kernel for each case.
+NUMBERS = ["width", "tiles", "splits", "blocks", "stride", "real_stride", "fake_stride", "points_stride",
+           "gradients_stride", "cotangents_stride", "upstream_stride"]  # fmt: skip
+
+
+def vector_of(itemsize: int, lengths: int) -> int:
+    """The kernels' VECTOR: how many elements, up to 16 bytes of them, divide every length.
+
+    Lengths, of a row and from row to row, come joined by "or". Knowing that each row begins and ends at a multiple of
+    it, kernels load as much at once where the tensor begins at a multiple of 16 bytes. Triton by itself asks only
+    whether 16 divides a length: rows of 100 fp32 would be loaded one element at a time.
+    """
+    bits = lengths * itemsize | 16
+    return (bits & -bits) // itemsize
+
+
+@triton.jit
+def whole(length, VECTOR: tl.constexpr):
+    # Rounded up to a multiple of VECTOR, which is 1, 2, 4 or 8. It is one already, but now the compiler sees it.
+    SHIFT: tl.constexpr = VECTOR // 2 - VECTOR // 8
+    return (length + (VECTOR - 1)) >> SHIFT << SHIFT
+
+
 @triton.jit
 def tile_of(program, rows, width, tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
     # A program's tile: its rows, which of them exist, the column at which it begins, and which elements exist.

@@ -20,11 +20,8 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 def main():
-    answers = {
-        question.__name__: question()
-        for question in (ops, penalties, lone, drivers, refusal, devices, elsewhere, current, fast, many, watched)
-    }
-    print(json.dumps(answers))
+    questions = (ops, penalties, lone, drivers, refusal, devices, elsewhere, current, fast, variants, many, watched)
+    print(json.dumps({question.__name__: question() for question in questions}))
 
 
 class Steps:
@@ -221,13 +218,14 @@ def fast():
         "last 32-bit stride": {"real_stride": 2**31 - 1},
         "another tile": {"ROWS": 2, "COLS": 64},
         "the same tile": {"ROWS": 4, "COLS": 32},
+        "vectors": {"VECTOR": 4},
     }
     kernel = interpolation.interpolate_kernel
     with null_device(TARGET) as launches:
         seen = []
         for _ in range(2):  # the second time through, all is known, and nothing of one variant may serve another
             for name, changes in variants.items():
-                values = tuple({**base, "ROWS": 4, "COLS": 32, **changes}.values())
+                values = tuple({**base, "ROWS": 4, "COLS": 32, "VECTOR": 1, **changes}.values())
                 with counted_runs() as runs:
                     launch.launch(kernel, 6, values[:4], values[4:9], (), values[9:])
                 launch._launch_by_triton(kernel, 6, *values)
@@ -241,6 +239,20 @@ def fast():
                     "shared": next(n for n, other in zip(variants, seen, strict=False) if other is tritons.compiled),
                 }
     return answers
+
+
+def variants():
+    """How many kernels serve rows of all widths that one tile holds, at all distances, and at all addresses."""
+    with null_device(TARGET) as launches:
+        for width in range(65, 129):
+            for gap in (0, 3, 4, 16):
+                rows = torch.zeros(4, width + gap)[:, :width]
+                kernels.interpolate(rows, rows, torch.rand(4, 1))
+        aligned = len({id(each.compiled) for each in launches})
+        for offset in range(1, 5):
+            rows = torch.zeros(4, 104)[:, offset : 100 + offset]
+            kernels.interpolate(rows, rows, torch.rand(4, 1))
+    return [aligned, len({id(each.compiled) for each in launches})]
 
 
 def many():

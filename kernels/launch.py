@@ -35,7 +35,7 @@ def launch(
     tensor also whether its storage ends within 2^31 bytes, so that offsets fit into 32 bits: these depend on nothing
     but the integers.
     """
-    if not DIRECT or isinstance(kernel, InterpretedFunction) or _watched():
+    if not DIRECT or isinstance(kernel, InterpretedFunction) or _watched(kernel):
         with _current(tensors[0].device):
             _launch_by_triton(kernel, programs, *tensors, *integers, *floats, *constants)
         return
@@ -65,11 +65,12 @@ def _launch_by_triton(kernel: Any, programs: int, *args: Any) -> Any:
     return kernel[(programs,)](*args, num_warps=NUM_WARPS, enable_fp_fusion=True)
 
 
-def _watched() -> bool:
+def _watched(kernel: Any) -> bool:
     """Whether a profiler or a debugger is to see each launch, or has kernels compiled in its own way."""
     runtime = knobs.runtime
     return bool(
-        runtime.launch_enter_hook.calls
+        kernel.pre_run_hooks
+        or runtime.launch_enter_hook.calls
         or runtime.launch_exit_hook.calls
         or runtime.debug
         or runtime.add_stages_inspection_hook

@@ -298,6 +298,10 @@ def watched():
         chain.add(calls.append)
         count(name)
         chain.remove(calls.append)
+    interpolation.interpolate_kernel.add_pre_run_hook(lambda *args, **kwargs: calls.append(args))
+    count("pre_run_hook")
+    answers["pre_run_hook called"] = len(calls)
+    interpolation.interpolate_kernel.pre_run_hooks.clear()
     with knobs.runtime.scope():
         knobs.runtime.debug = True
         count("debug")

@@ -8,6 +8,9 @@ from functools import cache
 
 import pytest
 
+from fused_gp import kernels
+from fused_gp.__main__ import main
+
 COMPLETE = ["sm_90", "gfx942"]  # all variants
 PART = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx1100"]  # what is called most
 INSPECT_PART = """
@@ -239,19 +242,23 @@ def test_arrival(rows):
             assert ["store", *others][: len(expected)] == expected, row
 
 
-def test_unknown_targets_are_told():
-    done = run("-m", "fused_gp", "inspect", "--target", "sm_90", "sm_91")
-    assert done.returncode == 2
-    assert "argument --target: must be among sm_75, sm_80" in done.stderr
-    assert "got sm_91" in done.stderr
+def refused(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["fused_gp", "inspect", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    return capsys.readouterr().err
 
 
-def test_interpreted_kernels_are_told():
-    command = [sys.executable, "-m", "fused_gp", "inspect"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET=1 has them interpreted: unset it" in done.stderr
+def test_unknown_targets_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    error = refused(monkeypatch, capsys, "--target", "sm_90", "sm_91")
+    assert "argument --target: must be among sm_75, sm_80" in error
+    assert "got sm_91" in error
+
+
+def test_interpreted_kernels_are_told(monkeypatch, capsys):
+    """As they are in this process."""
+    assert "TRITON_INTERPRET=1 has them interpreted: unset it" in refused(monkeypatch, capsys)
 
 
 @pytest.mark.xdist_group("in part")

@@ -4,10 +4,12 @@ Each variant that the launchers ask for is compiled on a null device, and read i
 """
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +115,8 @@ CASES = (
     Case("many rows", 2049, 65536, TWO, ("forward", "double")),
     Case("short rows", 64, 784, TWO, MAIN),
     Case("many short rows", 16384, 784, SINGLE, ("forward", "double")),
+    Case("short rows of 100", 64, 100, TWO, ("forward", "interpolate", "double")),
+    Case("short rows of 1000", 64, 1000, (torch.bfloat16,), ("forward", "interpolate", "double")),
     Case("odd rows", 3, 9001, SINGLE, MAIN),
     Case("rows of one", 64, 1, SINGLE, ("forward", "interpolate", "double")),
     Case("one number", 1, 1, SINGLE, ("forward", "double")),
@@ -123,17 +127,29 @@ CASES = (
 
 def inspect(target: str, cases: Iterable[Case] = CASES) -> list[Inspection]:
     """Compile the kernels for a target, one of `PROCESSORS`, and read what came out."""
-    found: dict[int, Inspection] = {}
-    with null_device(PROCESSORS[target].target) as launches:
+    found: dict[int, tuple[Launch, str]] = {}
+    processor = PROCESSORS[target].target
+    with null_device(processor) as launches:
         for case in cases:
             for dtype in case.dtypes:
                 for call in case.calls:
                     launches.clear()
                     _call(call, case.rows, case.width, dtype)
                     for launch in launches:  # two calls may need the same kernel
-                        if id(launch.compiled) not in found:
-                            found[id(launch.compiled)] = _inspection(launch, case.name, target)
-    return list(found.values())
+                        found.setdefault(id(launch.compiled), (_without_memory(launch), case.name))
+    kernels = [launch.compiled for launch, _ in found.values()]
+    machines: Iterable[_Nvidia | _Amd] = (
+        _nvidia_kernels(kernels, processor.arch) if processor.backend == "cuda" else map(_Amd, kernels)
+    )
+    return [
+        _inspection(launch, case, target, machine)
+        for (launch, case), machine in zip(found.values(), machines, strict=True)
+    ]
+
+
+def _without_memory(launch: Launch) -> Launch:
+    values = (value.to("meta") if isinstance(value, torch.Tensor) else value for value in launch.values)
+    return launch._replace(values=tuple(values))
 
 
 def _call(call: str, rows: int, width: int, dtype: torch.dtype) -> None:
@@ -176,9 +192,8 @@ def _penalty(
         kernels.penalty_double_backward(gradients, norms, upstream, gradients, form, True)
 
 
-def _inspection(launch: Launch, case: str, target: str) -> Inspection:
+def _inspection(launch: Launch, case: str, target: str, machine: "_Nvidia | _Amd") -> Inspection:
     processor, constants = PROCESSORS[target], launch.constexprs
-    machine = _Nvidia(launch.compiled) if processor.target.backend == "cuda" else _Amd(launch.compiled)
     threads = launch.compiled.metadata.num_warps * processor.target.warp_size
     programs = machine.programs(processor, threads)
     code = machine.code[: machine.arrives_at()]
@@ -285,25 +300,47 @@ def _loops_over_tiles(code: list[_Instruction]) -> list[list[_Instruction]]:
     return [code[begin:end] for begin, end in inner]
 
 
+def _nvidia_kernels(kernels: list[Any], arch: int) -> Iterator["_Nvidia"]:
+    """Disassembled all at once: to start nvdisasm takes longer than to compile a kernel."""
+    binaries = [_machine_code(kernel.asm["cubin"]) for kernel in kernels]
+    flag = f"SM{arch}a" if arch >= 90 else f"SM{arch}"  # what Triton compiles for
+    sass = _run(knobs.nvidia.nvdisasm.path, "--binary", flag, "-hex", data=b"".join(binaries))
+    # /*0070*/  @P0 LDG.E.128 R8, desc[UR4][R2.64] ;  /* 0x... */, and in the next line the upper half of the encoding,
+    # which says what to wait for.
+    pattern = r"/\*(\w{4,})\*/\s+([^;]*?)\s*;\s+/\* 0x\w+ \*/\s+/\* 0x(\w+) \*/"
+    lines = iter(re.findall(pattern, sass))
+    for kernel, binary in zip(kernels, binaries, strict=True):
+        yield _Nvidia(kernel, list(islice(lines, len(binary) // 16)))
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The one section of the ELF file that can be executed."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    entry, count = struct.unpack_from("<HH", cubin, 58)
+    headers = (struct.unpack_from("<IIQQQQ", cubin, table + entry * index) for index in range(count))
+    ((begin, size),) = [(begin, size) for _, _, flags, _, begin, size in headers if flags & 4]
+    return cubin[begin : begin + size]
+
+
+def _run(tool: str, *options: str, data: bytes) -> str:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
 class _Nvidia:
     """A cubin, through the tools in Triton's wheel."""
 
-    def __init__(self, compiled: Any) -> None:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout))
+    def __init__(self, compiled: Any, lines: list[tuple[str, str, str]]) -> None:
+        used = _run(knobs.nvidia.cuobjdump.path, "-res-usage", data=compiled.asm["cubin"])
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", used))
         self.registers, self.spilled_bytes = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
         self.shared = compiled.metadata.shared
         self.ptx = compiled.asm["ptx"]
-        self.code = [i for i in self._instructions(done.stdout) if i.text != "NOP"]
+        self.code = [i for i in self._instructions(lines) if i.text != "NOP"]
 
-    def _instructions(self, sass: str) -> Iterator[_Instruction]:
-        # /*0070*/  @P0 LDG.E.128 R8, desc[UR4][R2.64] ;  /* 0x... */, and in the next line the upper half of the
-        # encoding, which says what to wait for.
-        lines = re.findall(r"/\*(\w{4,})\*/\s+([^;]*?)\s*;\s+/\* 0x\w+ \*/\s+/\* 0x(\w+) \*/", sass)
+    def _instructions(self, lines: list[tuple[str, str, str]]) -> Iterator[_Instruction]:
         kept = [int(address, 16) for address, text, _ in lines if text != "NOP"]
         index = {address: at for at, address in enumerate(kept)}
         for _, text, encoding in lines:

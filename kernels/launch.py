@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import triton
 from triton import knobs
-from triton.runtime import driver, jit
+from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from .tiles import NUM_WARPS
@@ -14,49 +14,63 @@ from .tiles import NUM_WARPS
 # The releases in which `JITFunction.run` was read: what it specialises a kernel on, and how it calls the one compiled.
 DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 8)
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+# By what Triton chooses kernels by, and more. Forgotten when there are too many: Triton itself forgets nothing.
+_known: dict[tuple[Any, ...], tuple[Any, int, Any]] = {}
+_MOST_KNOWN = 4096
 
 
-def launch(kernel: Any, programs: int, tensor: torch.Tensor, *args: Any, **constants: Any) -> None:
-    """Run `kernel` on a grid of `programs`, on the device that holds `tensor`. Constants come in the kernel's order.
+def launch(
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Any, ...],
+    integers: tuple[int, ...],
+    floats: tuple[float, ...],
+    constants: tuple[int, ...],
+) -> None:
+    """Run `kernel` on a grid of `programs`, on the device of the first tensor. Its arguments come in their order.
 
     A kernel that was launched before is found by a key of our own and called as Triton would call it: at a GAN's sizes,
-    `kernel[grid]` takes longer than the kernel. For each argument the key holds what Triton itself specialises on (its
-    type; whether it is None, 1, a multiple of 16, aligned), by Triton's own function, so it is never coarser.
+    `kernel[grid]` takes longer than the kernel. The key is finer than Triton's, which has of a tensor its type and
+    whether it is aligned, and of an integer whether it is 1 and whether it has more than 32 bits. For AMD it has of a
+    tensor also whether its storage ends within 2^31 bytes, so that offsets fit into 32 bits: these depend on nothing
+    but the integers.
     """
-    if not DIRECT or isinstance(kernel, InterpretedFunction) or _watched():
-        with _current(tensor.device):
-            _launch_by_triton(kernel, programs, args, constants)
+    if not DIRECT or isinstance(kernel, InterpretedFunction) or _watched(kernel):
+        with _current(tensors[0].device):
+            _launch_by_triton(kernel, programs, *tensors, *integers, *floats, *constants)
         return
     device = driver.active.get_current_device()
-    holder = tensor.get_device()
+    holder = tensors[0].get_device()
     if holder != device and holder >= 0 and device >= 0:  # Triton launches on the current one. Below zero: null devices
-        with _current(tensor.device):
-            return launch(kernel, programs, tensor, *args, **constants)
-    backend = kernel.device_caches[device][3]
-    specialize = jit.native_specialize_impl
-    values = constants.values()
-    key = (kernel.fn, device, *values, *[specialize(backend, arg, False, True, True) for arg in args])
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = _launch_by_triton(kernel, programs, args, constants)
+        with _current(tensors[0].device):
+            return launch(kernel, programs, tensors, integers, floats, constants)
+    types = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
+    key = (kernel.fn, device, integers, constants, *types)
+    known = _known.get(key)
+    if known is None:
+        compiled = _launch_by_triton(kernel, programs, *tensors, *integers, *floats, *constants)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = compiled, compiled.function, compiled.packed_metadata
     else:
+        compiled, function, metadata = known
         stream = driver.active.get_current_stream(device)
         compiled.run(
-            programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *values
+            programs, 1, 1, stream, function, metadata, None, None, None, *tensors, *integers, *floats, *constants
         )
 
 
-def _launch_by_triton(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+def _launch_by_triton(kernel: Any, programs: int, *args: Any) -> Any:
     # FMA contraction is asked for by name because Triton's default changes between versions.
-    return kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS, enable_fp_fusion=True)
+    return kernel[(programs,)](*args, num_warps=NUM_WARPS, enable_fp_fusion=True)
 
 
-def _watched() -> bool:
+def _watched(kernel: Any) -> bool:
     """Whether a profiler or a debugger is to see each launch, or has kernels compiled in its own way."""
     runtime = knobs.runtime
     return bool(
-        runtime.launch_enter_hook.calls
+        kernel.pre_run_hooks
+        or runtime.launch_enter_hook.calls
         or runtime.launch_exit_hook.calls
         or runtime.debug
         or runtime.add_stages_inspection_hook
@@ -88,18 +102,23 @@ def arrivals(device: torch.device) -> torch.Tensor:
     one. The zeros are made on the stream that will launch, many at a time: there the memset comes before the launches
     and, as torch reuses freed memory on its own stream only, whatever comes into their place comes after them.
     """
-    with _current(device):
-        if _is_capturing(device):  # the memset is captured too: each replay begins at zero, whatever stream it is on
-            return torch.zeros(1, dtype=torch.int32, device=device)
-        stream = 0 if device.type == "cpu" else driver.active.get_current_stream(device.index)
-        try:
-            return _zeroed[device, stream].pop()  # atomic: threads that launch on one stream get different ones
-        except (KeyError, IndexError):
-            counter, *rest = torch.zeros(_LAUNCHES, 4, dtype=torch.int32, device=device).unbind()
-            _zeroed[device, stream] = rest
-            return counter
+    if device.type == "cpu":  # interpreted, or on a null device: there are neither streams nor graphs
+        return _counter(device, 0)
+    module = torch.get_device_module(device)
+    if module.current_device() != device.index:
+        with module.device(device):
+            return arrivals(device)
+    # Not in older versions of torch on XPU.
+    if hasattr(module, "is_current_stream_capturing") and module.is_current_stream_capturing():
+        # The memset is captured too: each replay begins at zero, whatever stream it is on.
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    return _counter(device, driver.active.get_current_stream(device.index))
 
 
-def _is_capturing(device: torch.device) -> bool:
-    module = torch.get_device_module(device)  # CPUs have no graphs, nor has XPU in older versions of torch
-    return hasattr(module, "is_current_stream_capturing") and module.is_current_stream_capturing()
+def _counter(device: torch.device, stream: int) -> torch.Tensor:
+    try:
+        return _zeroed[device, stream].pop()  # atomic: threads that launch on one stream get different ones
+    except (KeyError, IndexError):
+        counter, *rest = torch.zeros(_LAUNCHES, 4, dtype=torch.int32, device=device).unbind()
+        _zeroed[device, stream] = rest
+        return counter

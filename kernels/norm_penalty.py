@@ -26,7 +26,7 @@ from torch import Tensor
 from fused_gp.form import PenaltyForm, accumulation_type
 
 from .launch import arrivals, launch
-from .tiles import cdiv, mask_of, pointers, power_of_two_from, reduction_tile, tile, tile_of
+from .tiles import NUMBERS, mask_of, pointers, power_of_two_from, reduction_tile, tile, tile_of, vector_of, whole
 
 
 @triton.jit
@@ -92,12 +92,12 @@ def finish_rows(
     return tl.where(mask, value, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=NUMBERS)
 def reduce_rows_kernel(
     gradients, cotangents, norms, carried, sums, penalty, partials, arrived, kappa_at,
     rows, width, tiles, splits, blocks, gradients_stride, cotangents_stride,
     kappa: tl.float64, eps: tl.float64, target: tl.float64, scale: tl.float64,
-    ROWS: tl.constexpr, COLS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr,
     ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, LAST: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     # Without cotangents: sum x^2 per row. With them: kappa^2 <g, u>. To it comes what is carried from other tensors of
@@ -109,6 +109,8 @@ def reduce_rows_kernel(
     target = tl.full((), target, acc)
     scale = tl.full((), scale, acc)
     DOUBLE: tl.constexpr = cotangents is not None
+    width = whole(width, VECTOR)
+    gradients_stride, cotangents_stride = whole(gradients_stride, VECTOR), whole(cotangents_stride, VECTOR)
 
     program = tl.program_id(0)
     share = tl.zeros((ROWS,), acc)
@@ -144,11 +146,14 @@ def reduce_rows_kernel(
                 ONE_SIDED, SQUARED, DOUBLE, LAST, REDUCE,
             )  # fmt: skip
         else:
-            tl.store(partials + program + tl.arange(0, 1), total)  # ROWS and blocks are 1 here
+            tl.store(partials + row * SPLITS + split, total)  # ROWS and blocks are 1 here
     if SPLITS == 1 and REDUCE:
-        tl.store(partials + program, tl.sum(share, axis=0))
+        if arrived is None:  # nobody else comes
+            tl.store(penalty, tl.sum(share, axis=0))
+        else:
+            tl.store(partials + program, tl.sum(share, axis=0))
 
-    if REDUCE or SPLITS > 1:
+    if arrived is not None:
         # The last program to arrive finishes. On its way there every partial sum passes
         #   the store       plain, by a thread that Triton chooses;
         #   the barrier     the stores of all the program's threads come before the arrival, which one of them makes;
@@ -162,19 +167,20 @@ def reduce_rows_kernel(
         programs = tl.num_programs(0)
         if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == programs - 1:
             grand_total = tl.full((), 0.0, acc)
+            BLOCK: tl.constexpr = 1024 if acc == tl.float64 else 2048  # 8192 bytes at once, as everywhere
             if SPLITS == 1:
-                BLOCK: tl.constexpr = 2048
                 for first in range(0, programs, BLOCK):
                     index = first + tl.arange(0, BLOCK)
                     grand_total += tl.sum(tl.load(partials + index, mask=index < programs, other=0.0), axis=0)
             else:
-                FEW: tl.constexpr = 2048 // SPLITS
+                FEW: tl.constexpr = BLOCK // SPLITS if SPLITS < BLOCK else 1
                 for first in range(0, rows, FEW):
                     each = (first + tl.arange(0, FEW)).to(tl.int64)
                     known = each < rows
-                    index = each[:, None] * splits + tl.arange(0, SPLITS)[None, :]
-                    some = known[:, None] & (tl.arange(0, SPLITS) < splits)[None, :]
-                    row_sums = tl.sum(tl.load(partials + index, mask=some, other=0.0), axis=1)
+                    split = tl.arange(0, SPLITS)[None, :]
+                    # Nobody wrote those past the last split. They are loaded and left out, so that loads are wide.
+                    sums_of = tl.load(partials + each[:, None] * SPLITS + split, mask=known[:, None], other=0.0)
+                    row_sums = tl.sum(tl.where(split < splits, sums_of, 0.0), axis=1)
                     grand_total += tl.sum(
                         finish_rows(
                             row_sums, each, known, norms, carried, sums, penalty, eps, target, scale,
@@ -185,18 +191,20 @@ def reduce_rows_kernel(
                 tl.store(penalty, grand_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=NUMBERS)
 def scale_rows_kernel(
     gradients, cotangents, norms, dots, upstream, kappa_at, out,
     rows, width, tiles, gradients_stride, cotangents_stride, upstream_stride,
     kappa: tl.float64, target: tl.float64, scale: tl.float64,
-    ROWS: tl.constexpr, COLS: tl.constexpr, ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr,
 ):  # fmt: skip
     # Without cotangents: a scale kappa^2 w g. With them: a scale kappa^2 [w u + (w'/n) s g].
     acc = norms.dtype.element_ty
     kappa = factor(kappa, kappa_at, acc)
     target = tl.full((), target, acc)
     scale = tl.full((), scale, acc)
+    width = whole(width, VECTOR)
+    gradients_stride, cotangents_stride = whole(gradients_stride, VECTOR), whole(cotangents_stride, VECTOR)
 
     row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
     if cotangents is not None:
@@ -273,19 +281,25 @@ def _reduce_rows(
         sums = dots if index == last else torch.empty_like(norms)
         result = penalty if index == last else None
         rows, width = g.shape
+        itemsize, stride, u_stride = g.itemsize, g.stride()[0], 0 if u is None else u.stride()[0]
         reduce = form.reduce and result is not None
-        tiling = reduction_tile(rows, width, g.element_size())
-        programs = cdiv(rows, tiling.rows * tiling.blocks) * tiling.splits
-        finishes = reduce or tiling.splits > 1  # only then are there partial sums, and somebody to finish them
+        tiling = reduction_tile(rows, width, itemsize)
+        programs, splits, slots = tiling.programs, tiling.splits, power_of_two_from(tiling.splits)
+        vector = vector_of(itemsize, width | stride | u_stride)
+        meet = programs > 1 and (reduce or splits > 1)  # only then are there partial sums, and somebody to finish them
         launch(
-            reduce_rows_kernel, programs, g,
-            g, u, norms, carried, sums, result,
-            norms.new_empty(programs) if finishes else None, arrivals(g.device) if finishes else None, kappa_at,
-            rows, width, cdiv(width, tiling.cols), tiling.splits, tiling.blocks,
-            g.stride(0), 0 if u is None else u.stride(0),
-            kappa, form.eps, form.target, form.scale,
-            ROWS=tiling.rows, COLS=tiling.cols, SPLITS=power_of_two_from(tiling.splits),
-            ONE_SIDED=form.one_sided, SQUARED=form.squared, LAST=index == last, REDUCE=reduce,
+            reduce_rows_kernel, programs,
+            (
+                g, u, norms, carried, sums, result,
+                norms.new_empty(rows * slots if slots > 1 else programs) if meet else None,
+                arrivals(g.device) if meet else None, kappa_at,
+            ),
+            (rows, width, tiling.tiles, splits, tiling.blocks, stride, u_stride),
+            (kappa, form.eps, form.target, form.scale),
+            (
+                tiling.rows, tiling.cols, vector, slots,
+                form.one_sided, form.squared, index == last, reduce,
+            ),
         )  # fmt: skip
         carried = sums
 
@@ -302,15 +316,19 @@ def _scale_rows(
     kappa, kappa_at = _kappa(form)
     upstream = upstream.resolve_neg()
     out = gradients.new_empty(rows, width)
-    tiling = tile(rows, width, gradients.element_size())
-    tiles = cdiv(width, tiling.cols)
+    itemsize, stride = gradients.itemsize, gradients.stride()[0]
+    u_stride = 0 if cotangents is None else cotangents.stride()[0]
+    tiling = tile(rows, width, itemsize)
+    vector = vector_of(itemsize, width | stride | u_stride)
     launch(
-        scale_rows_kernel, cdiv(rows, tiling.rows) * tiles, gradients,
-        gradients, cotangents, norms, dots, upstream, kappa_at, out,
-        rows, width, tiles, gradients.stride(0), 0 if cotangents is None else cotangents.stride(0),
-        upstream.stride(0) if upstream.ndim else 0,
-        kappa, form.target, form.scale,
-        ROWS=tiling.rows, COLS=tiling.cols, ONE_SIDED=form.one_sided, SQUARED=form.squared,
+        scale_rows_kernel, tiling.programs,
+        (gradients, cotangents, norms, dots, upstream, kappa_at, out),
+        (
+            rows, width, tiling.tiles, stride, u_stride,
+            upstream.stride()[0] if upstream.ndim else 0,
+        ),
+        (kappa, form.target, form.scale),
+        (tiling.rows, tiling.cols, vector, form.one_sided, form.squared),
     )  # fmt: skip
     return out
 

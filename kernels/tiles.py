@@ -4,6 +4,7 @@ A small fixed table instead of an autotuner: a setting that changed from run to 
 summation, and with it the last bits of every penalty.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -35,10 +36,13 @@ PROGRAMS = 2048
 
 
 class Tiling(NamedTuple):
-    """Tiles of `rows` x `cols`. In a reduction `splits` programs share the tiles of a row, or one walks `blocks` tiles
-    of different rows, one after the other.
+    """How many programs there are, and the tiles of `rows` x `cols` that they treat, `tiles` of them along a row. In a
+    reduction `splits` programs share the tiles of a row, or one walks `blocks` tiles of different rows, one after the
+    other.
     """
 
+    programs: int
+    tiles: int
     rows: int
     cols: int
     splits: int = 1
@@ -54,20 +58,50 @@ def power_of_two_from(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# Training asks for the same few tilings at every step, and working one out takes as long as allocating a tensor.
+@lru_cache(maxsize=1024)
 def tile(rows: int, width: int, itemsize: int) -> Tiling:
     """For kernels that write every element: one tile per program, several short rows in one tile."""
     elements = TILE_BYTES // itemsize
     cols = min(elements, power_of_two_from(width))
-    return Tiling(min(elements // cols, power_of_two_from(rows)), cols)
+    tile_rows = min(elements // cols, power_of_two_from(rows))
+    tiles = cdiv(width, cols)
+    return Tiling(cdiv(rows, tile_rows) * tiles, tiles, tile_rows, cols)
 
 
+@lru_cache(maxsize=1024)
 def reduction_tile(rows: int, width: int, itemsize: int) -> Tiling:
     """For row sums: at most `PROGRAMS` programs, and as many as that where there are tiles for them."""
     tiling = tile(rows, width, itemsize)
     groups = cdiv(rows, tiling.rows)
     if groups >= PROGRAMS or tiling.rows > 1:
-        return tiling._replace(blocks=cdiv(groups, PROGRAMS))
-    return tiling._replace(splits=min(PROGRAMS // rows, cdiv(width, tiling.cols)))
+        blocks = cdiv(groups, PROGRAMS)
+        return tiling._replace(programs=cdiv(groups, blocks), blocks=blocks)
+    splits = min(PROGRAMS // rows, tiling.tiles)
+    return tiling._replace(programs=rows * splits, splits=splits)
+
+
+# Of these numbers it does not matter whether they are multiples of 16: Triton shall not compile a kernel for each case.
+NUMBERS = ["width", "tiles", "splits", "blocks", "stride", "real_stride", "fake_stride", "points_stride",
+           "gradients_stride", "cotangents_stride", "upstream_stride"]  # fmt: skip
+
+
+def vector_of(itemsize: int, lengths: int) -> int:
+    """The kernels' VECTOR: how many elements, up to 16 bytes of them, divide every length.
+
+    Lengths, of a row and from row to row, come joined by "or". Knowing that each row begins and ends at a multiple of
+    it, kernels load as much at once where the tensor begins at a multiple of 16 bytes. Triton by itself asks only
+    whether 16 divides a length: rows of 100 fp32 would be loaded one element at a time.
+    """
+    bits = lengths * itemsize | 16
+    return (bits & -bits) // itemsize
+
+
+@triton.jit
+def whole(length, VECTOR: tl.constexpr):
+    # Rounded up to a multiple of VECTOR, which is 1, 2, 4 or 8. It is one already, but now the compiler sees it.
+    SHIFT: tl.constexpr = VECTOR // 2 - VECTOR // 8
+    return (length + (VECTOR - 1)) >> SHIFT << SHIFT
 
 
 @triton.jit

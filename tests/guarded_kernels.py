@@ -152,6 +152,8 @@ def main(name: str) -> None:
     real = {constant: getattr(tiles, constant) for constant in SMALL}
     for index, (table, rows, width) in enumerate(cases(dtype)):
         vars(tiles).update(real | table)
+        tiles.tile.cache_clear()
+        tiles.reduction_tile.cache_clear()
         side, gap, reduction = (
             ("end", "end", "beginning")[index % 3],
             (0, 5)[index % 2],

@@ -20,11 +20,8 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 def main():
-    answers = {
-        question.__name__: question()
-        for question in (ops, penalties, drivers, refusal, devices, elsewhere, current, fast, watched)
-    }
-    print(json.dumps(answers))
+    questions = (ops, penalties, lone, drivers, refusal, devices, elsewhere, current, fast, variants, many, watched)
+    print(json.dumps({question.__name__: question() for question in questions}))
 
 
 class Steps:
@@ -98,6 +95,22 @@ class Both(torch.nn.Module):
 
     def forward(self, inputs):
         return self.critic(inputs[0] + 2 * inputs[1])
+
+
+def lone():
+    """What a reduction's programs meet in, by how many programs there are."""
+    met = {}
+    for shape in ((2, 4), (64, 2), (3, 1500), (1, 9000)):
+        for reduction in ("mean", "none"):
+            with null_device(TARGET) as launches:
+                gradient_norm_penalty(torch.randn(shape), reduction=reduction, backend="triton")
+            given = launches[0].arguments
+            met[f"{shape}, {reduction}"] = [
+                launches[0].grid[0],
+                None if given["partials"] is None else given["partials"].numel(),
+                given["arrived"] is not None,
+            ]
+    return met
 
 
 def drivers():
@@ -205,17 +218,17 @@ def fast():
         "last 32-bit stride": {"real_stride": 2**31 - 1},
         "another tile": {"ROWS": 2, "COLS": 64},
         "the same tile": {"ROWS": 4, "COLS": 32},
+        "vectors": {"VECTOR": 4},
     }
     kernel = interpolation.interpolate_kernel
     with null_device(TARGET) as launches:
         seen = []
         for _ in range(2):  # the second time through, all is known, and nothing of one variant may serve another
             for name, changes in variants.items():
-                values = {**base, "ROWS": 4, "COLS": 32, **changes}
-                constants = {key: values.pop(key) for key in ("ROWS", "COLS")}
+                values = tuple({**base, "ROWS": 4, "COLS": 32, "VECTOR": 1, **changes}.values())
                 with counted_runs() as runs:
-                    launch.launch(kernel, 6, x, *values.values(), **constants)
-                launch._launch_by_triton(kernel, 6, tuple(values.values()), constants)
+                    launch.launch(kernel, 6, values[:4], values[4:9], (), values[9:])
+                launch._launch_by_triton(kernel, 6, *values)
                 ours, tritons = launches[-2:]
                 seen.append(tritons.compiled)
                 answers[name] = {
@@ -226,6 +239,31 @@ def fast():
                     "shared": next(n for n, other in zip(variants, seen, strict=False) if other is tritons.compiled),
                 }
     return answers
+
+
+def variants():
+    """How many kernels serve rows of all widths that one tile holds, at all distances, and at all addresses."""
+    with null_device(TARGET) as launches:
+        for width in range(65, 129):
+            for gap in (0, 3, 4, 16):
+                rows = torch.zeros(4, width + gap)[:, :width]
+                kernels.interpolate(rows, rows, torch.rand(4, 1))
+        aligned = len({id(each.compiled) for each in launches})
+        for offset in range(1, 5):
+            rows = torch.zeros(4, 104)[:, offset : 100 + offset]
+            kernels.interpolate(rows, rows, torch.rand(4, 1))
+    return [aligned, len({id(each.compiled) for each in launches})]
+
+
+def many():
+    """Launches that are known, after more shapes than are kept; and how many of two of the last shape Triton makes."""
+    with null_device(TARGET), mock.patch.object(launch, "_MOST_KNOWN", 5):
+        for width in range(1, 20):
+            kernels.interpolate(torch.randn(4, width), torch.randn(4, width), torch.rand(4, 1))
+        with counted_runs() as runs:
+            for _ in range(2):
+                kernels.interpolate(torch.randn(4, width), torch.randn(4, width), torch.rand(4, 1))
+    return [len(launch._known), len(runs)]
 
 
 @contextmanager
@@ -260,6 +298,10 @@ def watched():
         chain.add(calls.append)
         count(name)
         chain.remove(calls.append)
+    interpolation.interpolate_kernel.add_pre_run_hook(lambda *args, **kwargs: calls.append(args))
+    count("pre_run_hook")
+    answers["pre_run_hook called"] = len(calls)
+    interpolation.interpolate_kernel.pre_run_hooks.clear()
     with knobs.runtime.scope():
         knobs.runtime.debug = True
         count("debug")

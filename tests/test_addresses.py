@@ -26,6 +26,7 @@ def shapes(dtype):
 # Past 2^31 elements: in one row, in all rows together, in many short rows; the last two are rows of a wider tensor.
 LARGE = [
     ((1, 2**31 + 5), None),
+    ((1, 2**31 + 16), None),
     ((2**16 + 1, 2**16 - 1), None),
     ((2**31 + 9, 1), None),
     ((3, 1000), 2**31 + 8),
@@ -88,7 +89,7 @@ OPS = {
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("gap", [0, 3, 4])
 def test_every_element_once(op, dtype, gap):
     """All programs of each launch, on rows that follow one another and on rows of a wider tensor."""
     call, launches, reads, writes = OPS[op]
@@ -103,7 +104,11 @@ def test_every_element_once(op, dtype, gap):
             for name, tensor in launch.tensors.items():
                 where = f"{launch.name}, {name}, {shape}"
                 read, written = (times(touched[name], tensor) for touched in (launch.read, launch.written))
-                assert written in ({0}, {1}), f"{where}: elements are written {written} times"
+                if name == "partials":  # a row's are a power of two: some are left over
+                    assert written <= {0, 1}, f"{where}: elements are written {written} times"
+                    assert sum(map(len, launch.written[name])) == launch.programs
+                else:
+                    assert written in ({0}, {1}), f"{where}: elements are written {written} times"
                 counted = times(launch.counted[name], tensor)
                 assert counted == ({launch.programs} if name == "arrived" else {0}), f"{where}: counted {counted} times"
                 if name in ROW_TENSORS:

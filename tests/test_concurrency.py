@@ -21,6 +21,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -205,10 +206,10 @@ def recorded(function, *args):
     """What a launcher returns, not yet written, and its launches, each a function from a view to the programs."""
     launches = []
 
-    def record(kernel, programs, tensor, *args, **constants):
+    def record(kernel, programs, *args):
         function = kernel.rewrite()
         constexprs = interpreter.GridExecutor(function, kernel.arg_names, (programs,)).constexprs
-        given = inspect.getcallargs(function, *args, **constants)  # with the tensors, which must not be freed
+        given = inspect.getcallargs(function, *chain.from_iterable(args))  # with the tensors, which must not be freed
 
         def run():
             function(**{n: v if n in constexprs else interpreter._implicit_cvt(v) for n, v in given.items()})

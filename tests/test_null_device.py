@@ -58,6 +58,20 @@ def test_launches_of_the_whole_penalty():
     }
 
 
+def test_a_lone_program_meets_nobody():
+    """[programs, slots for partial sums, whether they count themselves]; nor do programs with nothing to add up."""
+    assert answers()["lone"] == {
+        "(2, 4), mean": [1, None, False],
+        "(2, 4), none": [1, None, False],
+        "(64, 2), mean": [1, None, False],
+        "(64, 2), none": [1, None, False],
+        "(3, 1500), mean": [3, 3, True],
+        "(3, 1500), none": [3, None, False],
+        "(1, 9000), mean": [5, 8, True],
+        "(1, 9000), none": [5, 8, True],
+    }
+
+
 direct = pytest.mark.skipif(
     version("triton").split(".")[:2] not in (["3", "6"], ["3", "7"], ["3", "8"]),
     reason="in this release kernels are launched by Triton alone",
@@ -72,9 +86,21 @@ def test_kernel_is_tritons_choice():
         assert launch["runs"] == 0, f"{name}: not launched directly"
         assert launch["kernel"], f"{name}: another kernel than Triton's"
         assert launch["call"], f"{name}: called otherwise than by Triton"
-    twins = {"another aligned": "plain", "width of 32": "width of 16", "last 32-bit stride": "plain",
-             "the same tile": "plain"}  # fmt: skip
+    twins = {"another aligned": "plain", "width of 16": "plain", "width of 32": "plain", "last 32-bit stride": "plain",
+             "aligned 64-bit stride": "64-bit stride", "the same tile": "plain"}  # fmt: skip
     assert {name: launch["shared"] for name, launch in known.items()} == {name: twins.get(name, name) for name in known}
+
+
+def test_few_kernels_serve_all_widths_and_addresses():
+    """In vectors of 4, 2 and 1 elements; and one for tensors that begin at no multiple of 16 bytes."""
+    assert answers()["variants"] == [3, 4]
+
+
+@direct
+def test_not_every_shape_is_kept():
+    kept, by_triton = answers()["many"]
+    assert 0 < kept <= 5
+    assert by_triton == 0
 
 
 def test_each_device_has_kernels_of_its_own():

@@ -192,9 +192,10 @@ def test_reductions_run_in_few_programs_and_each_has_work(itemsize):
         tiling = reduction_tile(rows, width, itemsize)
         covered = tiling.rows * tiling.blocks
         assert tiling.splits == 1 or covered == 1
-        assert -(-rows // covered) * tiling.splits <= PROGRAMS
-        tiles = -(-rows // tiling.rows) * -(-width // tiling.cols)
-        assert 2 * -(-rows // covered) * tiling.splits >= min(PROGRAMS, tiles)  # few enough, and no fewer
+        assert tiling.programs == -(-rows // covered) * tiling.splits <= PROGRAMS
+        assert tiling.tiles == -(-width // tiling.cols)
+        # Few enough, and no fewer.
+        assert 2 * tiling.programs >= min(PROGRAMS, -(-rows // tiling.rows) * tiling.tiles)
         assert (tiling.splits - 1) * tiling.cols < width
 
 
@@ -202,9 +203,10 @@ def test_reductions_run_in_few_programs_and_each_has_work(itemsize):
 @pytest.mark.parametrize("where", [place for place in PLACES if place.id != "torch"])
 def test_programs_that_share_a_row_or_walk_several(monkeypatch, where, shape):
     """As large batches are reduced, with 7 programs at most instead of 2048: two rows have three programs each."""
-    from fused_gp.kernels import tiles
+    from fused_gp.kernels import norm_penalty, tiles
 
     monkeypatch.setattr(tiles, "PROGRAMS", 7)
+    monkeypatch.setattr(norm_penalty, "reduction_tile", tiles.reduction_tile.__wrapped__)
     gradients = gradients_like(shape, torch.float64, where.device)
     for options in ({}, {"reduction": "none"}):
         assert_same_to_second_order(options, gradients, where)

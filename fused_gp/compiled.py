@@ -25,7 +25,7 @@ class Kept:
         from .partition import AllInForward  # a part of the compiler, which is imported when it is used
 
         self.batch = batch
-        options = {"custom_partitioner_fn": AllInForward(scaled)}
+        options: dict[str, Any] = {"custom_partitioner_fn": AllInForward(scaled)}
         self.fixed = torch.compile(_fresh(_penalise), fullgraph=True, dynamic=False, options=options)
         self.variable = torch.compile(_fresh(_penalise), fullgraph=True, options=options)
 

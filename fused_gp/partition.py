@@ -27,14 +27,14 @@ class AllInForward(CustomPartitionerFn):
         self.scaled = scaled
 
     def __call__(
-        self, joint: GraphModule, joint_inputs: Sequence[Any], *, num_fwd_outputs: int, **others: Any
+        self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[GraphModule, GraphModule]:
-        graph = joint.graph
+        graph, count = gm.graph, kwargs["num_fwd_outputs"]
         tangents = [node for node in graph.find_nodes(op="placeholder") if not node.name.startswith("primals")]
         factors = [getattr(node.meta["val"], "ndim", None) == 0 for node in tangents]
         half = any(getattr(node.meta.get("val"), "dtype", None) == torch.float16 for node in graph.nodes)
         if factors != [True] or (half and not self.scaled):
-            return min_cut_rematerialization_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **others)
+            return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
         # Gradients of the penalty for 1, which the backward multiplies.
         (upstream,), (output,) = tangents, graph.find_nodes(op="output")
@@ -44,13 +44,13 @@ class AllInForward(CustomPartitionerFn):
         one.meta = dict(upstream.meta)
         upstream.replace_all_uses_with(one)
         outputs = tree_leaves(output.args)
-        gradients = [node for node in dict.fromkeys(outputs[num_fwd_outputs:]) if isinstance(node, Node)]
+        gradients = [node for node in dict.fromkeys(outputs[count:]) if isinstance(node, Node)]
         with graph.inserting_before(output):
             products = {node: graph.call_function(aten.mul.Tensor, (node, upstream)) for node in gradients}
         for gradient, product in products.items():
             product.meta = dict(gradient.meta)  # the memory too, so that torch gives it to nobody: retain_graph=True
-        output.args = ([*outputs[:num_fwd_outputs], *[products.get(node) for node in outputs[num_fwd_outputs:]]],)
-        return _extract_fwd_bwd_modules(joint, gradients, [], num_fwd_outputs=num_fwd_outputs)
+        output.args = ([*outputs[:count], *[products.get(node) for node in outputs[count:]]],)
+        return _extract_fwd_bwd_modules(gm, gradients, [], num_fwd_outputs=count)
 
     def uuid(self) -> Any:
         """What the compiler's cache knows it by."""

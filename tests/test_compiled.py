@@ -256,6 +256,21 @@ def test_attached_arguments_get_their_gradient(graphs):
     assert grads[0][1].any()
 
 
+def test_attached_samples_of_any_batch_size(graphs):
+    critic = mlp()
+    for size in (5, 6, 7):
+        real, fake = pair(size)
+        real.requires_grad_()
+        ours, truth = (
+            torch.autograd.grad(function(critic, real, fake, alpha=0.5, **options), real)
+            for function, options in (
+                (fused_gradient_penalty, {"method": "compiled"}), (reference.fused_gradient_penalty, {}),
+            )
+        )  # fmt: skip
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+    assert graphs.symbolic == [False, True]
+
+
 @pytest.mark.parametrize(("scaled", "chunk_size"), [(True, None), (True, 2), (False, None)])
 def test_small_gradients_in_fp16(graphs, scaled, chunk_size):
     """The loss scale reaches them on their way, whether scores are scaled by it too or not, as in eager mode. Without,

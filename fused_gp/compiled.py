@@ -1,4 +1,4 @@
-"""method="compiled": the penalty of one critic, compiled whole and kept for the next call. Exact."""
+"""method="compiled": the penalty of one critic and its gradient, compiled whole and kept for the next call. Exact."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,37 +21,45 @@ class Kept:
     """One penalty at samples of one shape. The batch size that came first has a graph of its own, at static speed, all
     others share one in which it is a variable."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, scaled: bool) -> None:
+        from .partition import AllInForward  # a part of the compiler, which is imported when it is used
+
         self.batch = batch
-        self.fixed = torch.compile(_fresh(_penalise), fullgraph=True, dynamic=False)
-        self.variable = torch.compile(_fresh(_penalise), fullgraph=True)
+        options: dict[str, Any] = {"custom_partitioner_fn": AllInForward(scaled)}
+        self.fixed = torch.compile(_fresh(_penalise), fullgraph=True, dynamic=False, options=options)
+        self.variable = torch.compile(_fresh(_penalise), fullgraph=True, options=options)
 
 
 def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -> Answer:
     """Exact, and differentiable once."""
     refuse_hooks(bool(findings.sharded or findings.replicas))
-    form, batch = question.form, points[0].shape[0]
+    form, batch, scale = question.form, points[0].shape[0], question.grad_scale
     # Weight and grad_scale may change from step to step, and stay outside, or come in as a tensor.
     plain = form._replace(rows=1, scale=1.0, kappa=None)
     group = batch // form.rows
-    key = (plain, group, question.structure, tuple((x.shape[1:], x.dtype) for x in points))
+    key = (plain, group, scale is None, question.structure, tuple((x.shape[1:], x.dtype) for x in points))
     kept = findings.compiled.get(key)
     if kept is None:
         with _hooks_refused():
             _check(question, points, findings)
-        kept = findings.compiled[key] = Kept(batch)
+        kept = findings.compiled[key] = Kept(batch, scale is not None)
     args, kwargs = question.args, question.kwargs
     if batch == kept.batch:
         run = kept.fixed
     else:
         run = kept.variable
         points, args, kwargs = tree_map_only(Tensor, lambda t: _of_any_batch(t, batch), (list(points), args, kwargs))
-    scale = question.grad_scale
     if scale is not None and not isinstance(scale, Tensor):  # in bf16 it is exact; filled in there, nobody waits for it
         scale = torch.full((), scale, dtype=torch.bfloat16, device=points[0].device)
+    # The gradient is taken inside, and small ones would vanish in fp16: so it is that of the scaled penalty. In one
+    # dimension, since of none torch takes it for a number of Python's, and compiles twice.
+    dtype = accumulation_type(*[x.dtype for x in points])
+    upstream = None if scale is None else form.scale * scale.to(dtype).reshape(1)
     try:
         with _hooks_refused(), _everything_kept():
-            penalty, norms = run(question.critic, points, question.structure, args, kwargs, scale, plain, group)
+            penalty, norms = run(
+                question.critic, points, question.structure, args, kwargs, scale, upstream, plain, group
+            )
     except torch._dynamo.exc.TorchDynamoException as error:
         words = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise ValueError(
@@ -64,7 +72,7 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
             f"{torch._dynamo.config.recompile_limit} times and has changed again: numbers that change from call to "
             "call belong in tensors, such as buffers"
         ) from error
-    return Answer(penalty * form.scale, norms)
+    return Answer(penalty * (form.scale if form.kappa is None else form.kappa), norms)
 
 
 def refuse_hooks(distributed: bool) -> None:
@@ -83,6 +91,7 @@ def _penalise(
     args: Any,
     kwargs: Any,
     grad_scale: Tensor | None,
+    upstream: Tensor | None,
     form: PenaltyForm,
     group: int,
 ) -> tuple[Tensor, Tensor]:
@@ -91,7 +100,7 @@ def _penalise(
         kappa=None if grad_scale is None else 1 / grad_scale.to(accumulation_type(*[x.dtype for x in points])),
     )
     answer = functional.penalise(Question(critic, structure, args, kwargs, grad_scale, form, reference), points)
-    return answer.penalty, answer.norms
+    return answer.penalty if upstream is None else answer.penalty * upstream.squeeze(), answer.norms
 
 
 def _fresh(function: Any) -> FunctionType:
@@ -133,8 +142,9 @@ def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> 
 
 
 def _everything_kept() -> Any:
-    """While a graph is compiled. Told to keep less, the compiler computes again what must not be: masks of dropout are
-    drawn anew, and the vectors of spectral norm are read after their update. Gradients are then wrong, in silence."""
+    """While a graph is compiled, for those that the compiler splits itself. Told to keep less, it computes again what
+    must not be: masks of dropout are drawn anew, and the vectors of spectral norm are read after their update.
+    Gradients are then wrong, in silence."""
     config = torch._functorch.config
     return nullcontext() if config.activation_memory_budget == 1 else config.patch(activation_memory_budget=1.0)
 

@@ -84,8 +84,9 @@ def fused_gradient_penalty(
             - "double_backward": autograd, twice. Exact, to every order; for critics of operations that autograd can
               differentiate twice.
             - "compiled": the penalty of this critic compiled whole by torch.compile, and kept for later calls. Exact,
-              differentiable once; for any critic that compiles. A batch size other than the first has one more
-              compilation, for all sizes. Dropout draws other masks than in eager mode.
+              differentiable once; for any critic that compiles. The gradient is computed in the call. A batch size
+              other than the first has one more compilation, for all sizes. Dropout draws other masks than in eager
+              mode.
             - "directional": a central difference of the scores along the penalty's own gradient, held fixed. The critic
               runs three times, and is differentiated once; off by about 1e-5 in fp32, 1e-2 under bf16 autocast. For
               smooth critics, where autograd cannot (flash attention, compiled critics, FSDP2, fused kernels) or where

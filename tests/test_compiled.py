@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import fused_gp
-from fused_gp import findings, fused_gradient_penalty, r1_penalty, reference
+from fused_gp import findings, fused_gradient_penalty, graph, r1_penalty, reference
 
 from conftest import COMPILES, Graphs
 
@@ -48,6 +48,34 @@ def pair(size=5, width=4):
 
 def mlp(width=4):
     return nn.Sequential(nn.Linear(width, 6), nn.SiLU(), nn.Linear(6, 1)).double()
+
+
+class Remembering(nn.Module):
+    """Its derivative needs what a buffer was before it was written."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 3).double(), nn.Linear(3, 1).double()
+        self.register_buffer("mean", torch.rand(3).double())
+
+    def forward(self, x):
+        before = self.mean.clone()
+        with torch.no_grad():
+            torch.mul(self.mean, 0.5, out=self.mean)
+        return self.head(torch.tanh(self.body(x) * before))
+
+
+class Tied(nn.Module):
+    """One weight in two places, and two whose gradients are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = (nn.Linear(4, width).double() for width in (4, 4, 1))
+        self.second.weight = self.first.weight
+        self.a, self.b = (nn.Parameter(torch.rand(4).double()) for _ in range(2))
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x))) + self.a + self.b))
 
 
 class Wrapped(nn.Module):
@@ -120,6 +148,9 @@ CASES = {
         lambda: (batch(3, 2, 4, 4), batch(3, 2, 4, 4)), {},
     ),
     "spectral norm": (FUSED, lambda: spectral_norm(nn.Linear(4, 6).double()), pair, {}),
+    "spectral norm, none": (FUSED, lambda: spectral_norm(nn.Linear(4, 6).double()), pair, {"reduction": "none"}),
+    "a buffer as it was": (FUSED, Remembering, pair, {}),
+    "tied weights": (FUSED, Tied, pair, {}),
     "R1": ("r1_penalty", mlp, lambda: pair()[:1], {"weight": 10.0}),
     "R2": ("r2_penalty", mlp, lambda: pair()[:1], {}),
     "DRAGAN": ("dragan_penalty", mlp, lambda: pair()[:1], {}),
@@ -173,14 +204,98 @@ def test_dropout_through_inductor():
     kept = norms.square() / 16
     assert (kept - 1000).abs().max() < 5 * 27.4
     assert len(kept.unique()) > 1
-    (slope,) = torch.autograd.grad(penalty, w)
+    (slope,) = torch.autograd.grad(penalty, w, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(3 * penalty, w)[0], 3 * slope)  # which nobody has overwritten
     torch.testing.assert_close((slope * w).sum(), 2 * penalty.detach())
 
 
-def test_exact_where_torch_is_told_to_keep_less(graphs):
+@pytest.mark.parametrize("case", ["spectral norm", "spectral norm, none"])
+def test_exact_where_torch_is_told_to_keep_less(graphs, case):
     """A setting of the whole process, with which torch would read the vectors of spectral norm after their update."""
     with torch._functorch.config.patch(activation_memory_budget=0.7):
-        test_exact(graphs, "spectral norm")
+        test_exact(graphs, case)
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda x: net(x)], ids=["module", "lambda"])
+@pytest.mark.parametrize("batch", [5, 6])
+def test_nothing_is_kept_but_one_gradient_per_parameter(graphs, wrap, batch):
+    """All else that two derivatives need is gone when the call returns, at the first batch size and at others."""
+    critic = mlp()
+    for size in (5, batch):
+        penalty = fused_gradient_penalty(wrap(critic), *pair(size), method="compiled")
+    graph_nodes = [node for node in graph.nodes([penalty]) if hasattr(node, "saved_tensors")]
+    (compiled,) = (node for node in graph_nodes if "CompiledFunction" in node.name())
+    weights = [critic[0].weight, critic[0].bias, critic[2].weight]  # the last bias has no part in the penalty
+    assert sorted(t.shape for t in compiled.saved_tensors) == sorted(w.shape for w in weights)
+    assert not {t.data_ptr() for t in compiled.saved_tensors} & {w.data_ptr() for w in weights}
+
+
+def test_a_change_between_call_and_backward_spoils_nothing(graphs):
+    """The gradient is that of the weights in the call."""
+    critic, samples = mlp(), pair()
+    truth = fused_gradient_penalty(critic, *samples, alpha=0.5)
+    expected = torch.autograd.grad(truth, list(critic.parameters()), materialize_grads=True)
+    penalty = fused_gradient_penalty(critic, *samples, alpha=0.5, method="compiled")
+    with torch.no_grad():
+        for p in critic.parameters():
+            p += 1
+    actual = torch.autograd.grad(penalty, list(critic.parameters()), materialize_grads=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_attached_arguments_get_their_gradient(graphs):
+    critic, samples = Wrapped(conditional), pair()
+    labels, strength = torch.rand(5, 4).double().requires_grad_(), torch.tensor(0.5).double().requires_grad_()
+    options = {"alpha": 0.5, "critic_args": (labels,), "critic_kwargs": {"strength": strength}}
+    ours = fused_gradient_penalty(critic, *samples, method="compiled", **options)
+    truth = reference.fused_gradient_penalty(critic, *samples, **options)
+    grads = [torch.autograd.grad(3 * p, [labels, strength, *critic.parameters()], materialize_grads=True)
+             for p in (ours, truth)]  # fmt: skip
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+    assert grads[0][0].any()
+    assert grads[0][1].any()
+
+
+def test_attached_samples_of_any_batch_size(graphs):
+    critic = mlp()
+    for size in (5, 6, 7):
+        real, fake = pair(size)
+        real.requires_grad_()
+        ours, truth = (
+            torch.autograd.grad(function(critic, real, fake, alpha=0.5, **options), real)
+            for function, options in (
+                (fused_gradient_penalty, {"method": "compiled"}), (reference.fused_gradient_penalty, {}),
+            )
+        )  # fmt: skip
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+    assert graphs.symbolic == [False, True]
+
+
+@pytest.mark.parametrize(("scaled", "chunk_size"), [(True, None), (True, 2), (False, None)])
+def test_small_gradients_in_fp16(graphs, scaled, chunk_size):
+    """The loss scale reaches them on their way, whether scores are scaled by it too or not, as in eager mode. Without,
+    they would be some few steps of the smallest number of fp16, 2^-24."""
+    critic, (real, fake) = mlp().half(), [x.half() for x in pair(6)]
+    with torch.no_grad():
+        critic[2].weight *= 2**-9
+    options = {"alpha": 0.5, "target": 0.0, "grad_scale": 2.0**12 if scaled else None}
+    others = options | {"grad_scale": None if scaled else 2.0}  # have a graph of their own
+    fused_gradient_penalty(critic, real, fake, method="compiled", **others)
+    ours, eager = (
+        torch.autograd.grad(2.0**12 * fused_gradient_penalty(critic, real, fake, **options, **how), critic[0].weight)[0]
+        for how in ({"method": "compiled", "chunk_size": chunk_size}, {})
+    )
+    assert 0 < eager.abs().max() < 2**12 * 2**-19
+    torch.testing.assert_close(ours, eager, rtol=2**-7, atol=2**-7 * eager.abs().mean().item())
+
+
+def test_differentiable_once(graphs):
+    """Twice is refused by torch."""
+    critic = mlp()
+    penalty = fused_gradient_penalty(critic, *pair(), method="compiled")
+    (first,) = torch.autograd.grad(penalty, critic[0].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: lambda x: net(x)], ids=["module", "lambda"])

@@ -1,0 +1,57 @@
+"""Where a compiled penalty's gradient is computed: in the forward, all of it, where the penalty is one number.
+
+Up to the upstream factor the gradient is then known when the penalty is. Split as the compiler does it, the forward
+hands over to the backward what two derivatives need; in one graph, that is freed as it goes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._functorch.partitioners import _extract_fwd_bwd_modules, min_cut_rematerialization_partition
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+
+class AllInForward(CustomPartitionerFn):
+    """Splits the joint graph of outputs and gradients, as AOTAutograd makes it, into forward and backward.
+
+    As the compiler does it where there is no one upstream factor (reduction="none"), or where small gradients need it
+    on their way: in fp16 whose penalty is not `scaled` already.
+    """
+
+    def __init__(self, scaled: bool) -> None:
+        self.scaled = scaled
+
+    def __call__(
+        self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[GraphModule, GraphModule]:
+        graph, count = gm.graph, kwargs["num_fwd_outputs"]
+        tangents = [node for node in graph.find_nodes(op="placeholder") if not node.name.startswith("primals")]
+        factors = [getattr(node.meta["val"], "ndim", None) == 0 for node in tangents]
+        half = any(getattr(node.meta.get("val"), "dtype", None) == torch.float16 for node in graph.nodes)
+        if factors != [True] or (half and not self.scaled):
+            return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+        # Gradients of the penalty for 1, which the backward multiplies.
+        (upstream,), (output,) = tangents, graph.find_nodes(op="output")
+        with graph.inserting_after(upstream):
+            like = upstream.meta["val"]
+            one = graph.call_function(aten.full.default, ([], 1.0), {"dtype": like.dtype, "device": like.device})
+        one.meta = dict(upstream.meta)
+        upstream.replace_all_uses_with(one)
+        outputs = tree_leaves(output.args)
+        gradients = [node for node in dict.fromkeys(outputs[count:]) if isinstance(node, Node)]
+        with graph.inserting_before(output):
+            products = {node: graph.call_function(aten.mul.Tensor, (node, upstream)) for node in gradients}
+        for gradient, product in products.items():
+            product.meta = dict(gradient.meta)  # the memory too, so that torch gives it to nobody: retain_graph=True
+        output.args = ([*outputs[:count], *[products.get(node) for node in outputs[count:]]],)
+        return _extract_fwd_bwd_modules(gm, gradients, [], num_fwd_outputs=count)
+
+    def uuid(self) -> Any:
+        """What the compiler's cache knows it by."""
+        return get_hash_for_files((__file__,)), self.scaled

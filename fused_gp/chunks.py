@@ -109,6 +109,7 @@ def penalise(
             torch.zeros_like(x) if g is None else g
             for x, g in zip(wanted[len(whole) :], found[len(whole) :], strict=True)
         ])  # fmt: skip
+        del answer, found  # or a graph and one more set of gradients would live beside the next chunk's
     whole_answer = _joined(answers, form.reduce)
 
     if data_parallel.finds_unused(findings):

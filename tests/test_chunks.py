@@ -1,6 +1,7 @@
 """chunk_size: the same penalty and gradient as in one go, whatever is done with them, and nothing kept on the way."""
 
 import copy
+import gc
 import re
 import weakref
 
@@ -232,6 +233,28 @@ def test_nothing_is_kept_but_one_gradient_per_parameter():
     assert names == {"KnownBackward", "torch::autograd::AccumulateGrad"}
     saved = penalty.grad_fn.saved_tensors
     assert [g.shape for g in saved] == [p.shape for p in critic.parameters()]
+
+
+def test_no_gradient_of_one_chunk_is_alive_in_the_next():
+    """But the sum of them all."""
+    shape, alive = (7, 13), []
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(shape))
+
+        def forward(self, x):
+            gc.collect()
+            alive.append(sum(type(o) in (torch.Tensor, nn.Parameter) and o.shape == shape for o in gc.get_objects()))
+            return torch.tanh(x @ self.weight.T).sum(1)
+
+    critic = Counting()
+    real, fake = torch.randn(8, 13), torch.randn(8, 13)
+    for _ in range(2):  # the first call looks at the critic as well
+        alive.clear()
+        fused_gradient_penalty(critic, real, fake, chunk_size=2)
+    assert max(alive) == 2  # the weight, and its sum
 
 
 def test_parameters_without_a_gradient_get_zeros():

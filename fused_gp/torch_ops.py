@@ -45,10 +45,14 @@ def interpolate_adjoint(
 
 def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """(R, N) rows and gradients, (R, 1) column in the accumulation type -> points + column gradients, and minus it."""
-    dtype = column.dtype
-    x, g = points.to(dtype), gradients.to(dtype)
-    plus, minus = torch.addcmul(x, g, column), torch.addcmul(x, g, column, value=-1)
-    return plus.to(points.dtype), minus.to(points.dtype)
+    if points.dtype == column.dtype:
+        return torch.addcmul(points, gradients, column), torch.addcmul(points, gradients, column, value=-1)
+    plus, minus = torch.empty_like(points), torch.empty_like(points)
+    for up, down, x, g, c in _blocks(plus, minus, points, gradients, column):
+        x, g = x.to(c.dtype), g.to(c.dtype)
+        up.copy_(torch.addcmul(x, g, c))
+        down.copy_(x.addcmul_(g, c, value=-1))
+    return plus, minus
 
 
 def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:

@@ -138,10 +138,15 @@ def _half_w(norms: Tensor, target: Tensor | float, form: PenaltyForm) -> Tensor:
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Some rows of each at a time, so few that what is computed from them stays in cache."""
+    """Some rows of each at a time, so few that what is computed from them stays in cache.
+
+    A DTensor, or another kind of its own, in one: its parts may lie elsewhere, and what is written to them be lost.
+    """
     rows, width = tensors[0].shape
     step = max(1, BLOCK // width)
-    return [tensors] if step >= rows else zip(*[t.split(step) for t in tensors], strict=True)
+    if step >= rows or type(tensors[0]) is not Tensor:
+        return [tensors]
+    return zip(*[t.split(step) for t in tensors], strict=True)
 
 
 def _joined(columns: list[Tensor]) -> Tensor:

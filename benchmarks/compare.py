@@ -63,7 +63,11 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _timed(rows: list[Row]) -> set[str]:
-    return {f"{row['contestant']} at {row['case']} {row['shape']} {row['dtype']}" for row in rows if "ms" in row}
+    return {
+        f"{row['contestant']} at {row['group']}, {row['case']} {row['shape']} {row['dtype']} on {row['device']}"
+        for row in rows
+        if "ms" in row
+    }
 
 
 def table(found: list[Change], first: list[Row], second: list[Row]) -> Table:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._C import _are_functorch_transforms_active
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from . import reference, torch_ops
 
@@ -18,14 +19,15 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
     """The module with the functions on rows: `fused_gp.torch_ops` or `fused_gp.kernels`.
 
     "auto" is Triton on CUDA, ROCm and XPU tensors where Triton is installed, and plain torch elsewhere and for tensors
-    without memory (FakeTensor). While torch.compile traces, or a torch.func transform runs, it is `fused_gp.reference`:
-    formulas in differentiable operations, through which a transform sees, and which a compiler fuses by itself.
+    without memory (FakeTensor). While torch.compile traces, or torch.func or forward-mode autograd runs, it is
+    `fused_gp.reference`: formulas in differentiable operations, through which a transform sees, and which a compiler
+    fuses by itself.
     """
     if traced():
         if backend not in ("auto", "torch"):
             raise ValueError(
-                f"backend must be 'auto' or 'torch' under torch.compile and torch.func, where a compiler writes the "
-                f"kernels, got {backend!r}"
+                "backend must be 'auto' or 'torch' under torch.compile, torch.func and forward-mode autograd, which "
+                f"see through no kernel, got {backend!r}"
             )
         return reference
     if backend == "torch" or (backend == "auto" and tensor.is_cpu):
@@ -52,7 +54,9 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
 
 def traced() -> bool:
     """Whether somebody else, a compiler or a transform, is to see every operation."""
-    return torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active()
+    if torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0  # a kernel would drop the tangent, and nobody would be told
 
 
 @cache

@@ -105,12 +105,12 @@ def _outside_inference_mode(tensor: Tensor) -> Tensor:
 def _traced(
     question: Question, sources: Sequence[Tensor], points_of: Callable[..., list[Tensor]], method: Method
 ) -> Answer:
-    """Inside torch.compile and torch.func, where every exact method is the same."""
+    """Inside torch.compile, torch.func and forward-mode autograd, where every exact method is the same."""
     if method.name == "directional" or method.chunk_size is not None:
         given = "method='directional'" if method.name == "directional" else f"chunk_size={method.chunk_size}"
         raise ValueError(
-            f"{given} evaluates the critic step by step, and cannot be traced by torch.compile or torch.func: leave it "
-            "out, or call the penalty outside the compiled function"
+            f"{given} evaluates the critic step by step, and cannot be traced by torch.compile, torch.func or "
+            "forward-mode autograd: leave it out, or call the penalty outside the compiled function"
         )
     compiled.refuse_hooks(is_replicated(question.critic) or is_sharded(question.critic))
     return functional.penalise(question, points_of(sources, reference))

@@ -45,10 +45,14 @@ def interpolate_adjoint(
 
 def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """(R, N) rows and gradients, (R, 1) column in the accumulation type -> points + column gradients, and minus it."""
-    dtype = column.dtype
-    x, g = points.to(dtype), gradients.to(dtype)
-    plus, minus = torch.addcmul(x, g, column), torch.addcmul(x, g, column, value=-1)
-    return plus.to(points.dtype), minus.to(points.dtype)
+    if points.dtype == column.dtype:
+        return torch.addcmul(points, gradients, column), torch.addcmul(points, gradients, column, value=-1)
+    plus, minus = torch.empty_like(points), torch.empty_like(points)
+    for up, down, x, g, c in _blocks(plus, minus, points, gradients, column):
+        x, g = x.to(c.dtype), g.to(c.dtype)
+        up.copy_(torch.addcmul(x, g, c))
+        down.copy_(x.addcmul_(g, c, value=-1))
+    return plus, minus
 
 
 def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:
@@ -134,10 +138,15 @@ def _half_w(norms: Tensor, target: Tensor | float, form: PenaltyForm) -> Tensor:
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Some rows of each at a time, so few that what is computed from them stays in cache."""
+    """Some rows of each at a time, so few that what is computed from them stays in cache.
+
+    A DTensor, or another kind of its own, in one: its parts may lie elsewhere, and what is written to them be lost.
+    """
     rows, width = tensors[0].shape
     step = max(1, BLOCK // width)
-    return [tensors] if step >= rows else zip(*[t.split(step) for t in tensors], strict=True)
+    if step >= rows or type(tensors[0]) is not Tensor:
+        return [tensors]
+    return zip(*[t.split(step) for t in tensors], strict=True)
 
 
 def _joined(columns: list[Tensor]) -> Tensor:

@@ -11,16 +11,24 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import spectral_norm
 
-from fused_gp import GradientPenalty, fused_gradient_penalty, input_gradient_penalty, r1_penalty
+from fused_gp import (
+    GradientPenalty,
+    fused_gradient_penalty,
+    gradient_norm_penalty,
+    input_gradient_penalty,
+    r1_penalty,
+    torch_ops,
+)
 
 BATCH, WIDTH, STEPS = 16, 6, 2
 CASES = {}
@@ -380,6 +388,23 @@ def _():
     penalty_of(alone, EVERYTHING).backward()
     with FullyShardedDataParallel.summon_full_params(critic, with_grads=True):
         return [grad.clone() for grad in gradients(critic)], gradients(alone)
+
+
+@case("samples on all ranks, in blocks")
+def _():
+    """What is written into the parts of a DTensor would be lost."""
+    whole = torch.linspace(-1, 1, BATCH * WIDTH, dtype=torch.float64).view(BATCH, WIDTH)
+    sharded = distribute_tensor(whole, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+    found = []
+    torch.use_deterministic_algorithms(True)  # which puts NaN where nobody has written
+    with mock.patch.object(torch_ops, "BLOCK", 2 * WIDTH):
+        for samples in (sharded, whole):
+            leaf = samples.detach().requires_grad_()
+            (first,) = torch.autograd.grad(gradient_norm_penalty(leaf), leaf, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), leaf)
+            found.append([x.full_tensor() if isinstance(x, DTensor) else x for x in (first.detach(), second)])
+    torch.use_deterministic_algorithms(False)
+    return found
 
 
 def finding(function):

@@ -224,8 +224,12 @@ def test_times_of_other_machines_are_not_compared(rows):
 def test_who_is_timed_in_one_of_two_runs_only_is_told(rows):
     wrong = {name: value for name, value in rows[1].items() if name != "ms"} | {"failed": "Wrong: relative error 1"}
     note = compare.table([], [rows[0], rows[1]], [rows[0], wrong, rows[2]]).note
-    alone = [f"{name} at {SMALL.name} {list(SMALL.shape)} float32" for name in ("snippet", "tidy")]
-    assert note == f"0 changes in 3 rows. Timed in A only: {alone[0]}. Timed in B only: {alone[1]}."
+    where = f"{SMALL.group}, {SMALL.name} {list(SMALL.shape)} float32 on"
+    assert (
+        note == f"0 changes in 3 rows. Timed in A only: snippet at {where} cpu. Timed in B only: tidy at {where} cpu."
+    )
+    for other in ({"device": "cuda"}, {"group": "another"}):  # which `changes` does not compare either
+        assert "in A only: snippet" in compare.table([], [rows[1]], [rows[1] | other]).note
 
 
 def test_losses_are_told(rows):

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fused_gp import gradient_norm_penalty, interpolate, torch_ops
+from fused_gp.form import accumulation_type
 
 
 class Sizes(TorchDispatchMode):
@@ -30,7 +31,7 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_nothing_of_the_rows_size_but_the_results(monkeypatch, dtype):
-    """x_hat and its two gradients; the penalty's gradient, and the one of that."""
+    """x_hat and its two gradients; the penalty's gradient, and the one of that; the two ends of a step."""
     shape, block = (8, 100), 200
     monkeypatch.setattr(torch_ops, "BLOCK", block)
     real, fake, gradients = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(3))
@@ -40,5 +41,6 @@ def test_nothing_of_the_rows_size_but_the_results(monkeypatch, dtype):
         torch.autograd.grad(x_hat, (real, fake), cotangent)
         (first,) = torch.autograd.grad(gradient_norm_penalty(gradients), gradients, create_graph=True)
         torch.autograd.grad(first, gradients, cotangent)
+        torch_ops.perturb(real.detach(), cotangent, alpha[:, None].to(accumulation_type(dtype)))
     large = [made for made in sizes.made if made[1] > block]
-    assert large == [(dtype, math.prod(shape))] * 5
+    assert large == [(dtype, math.prod(shape))] * 7

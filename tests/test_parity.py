@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference, torch_ops
+from fused_gp.form import accumulation_type
 from fused_gp.rows import storage_order, to_rows
 
 from conftest import PLACES, Place
@@ -269,3 +270,13 @@ def test_penalty_in_blocks(monkeypatch, block, dtype, form):
 def test_interpolation_in_blocks(monkeypatch, block, dtype):
     monkeypatch.setattr(torch_ops, "BLOCK", block)
     test_interpolate(CPU, (5, 23), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_steps_in_blocks(monkeypatch, block, dtype):
+    monkeypatch.setattr(torch_ops, "BLOCK", block)
+    points, gradients = torch.randn(2, 5, 23).to(dtype)
+    column = torch.randn(5, 1, dtype=accumulation_type(dtype))
+    wanted = [(points + sign * column * gradients).to(dtype) for sign in (1, -1)]
+    torch.testing.assert_close(torch_ops.perturb(points, gradients, column), tuple(wanted))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -171,18 +172,18 @@ def test_through_inductor():
 UNTRACED = {
     "triton": (
         {"backend": "triton"},
-        "backend must be 'auto' or 'torch' under torch.compile and torch.func, where a compiler writes the kernels, "
-        "got 'triton'",
+        "backend must be 'auto' or 'torch' under torch.compile, torch.func and forward-mode autograd, which see "
+        "through no kernel, got 'triton'",
     ),
     "directional": (
         {"method": "directional"},
-        "method='directional' evaluates the critic step by step, and cannot be traced by torch.compile or torch.func: "
-        "leave it out, or call the penalty outside the compiled function",
+        "method='directional' evaluates the critic step by step, and cannot be traced by torch.compile, torch.func or "
+        "forward-mode autograd: leave it out, or call the penalty outside the compiled function",
     ),
     "chunk_size": (
         {"chunk_size": 2},
-        "chunk_size=2 evaluates the critic step by step, and cannot be traced by torch.compile or torch.func: leave it "
-        "out, or call the penalty outside the compiled function",
+        "chunk_size=2 evaluates the critic step by step, and cannot be traced by torch.compile, torch.func or "
+        "forward-mode autograd: leave it out, or call the penalty outside the compiled function",
     ),
     "generator": (
         {"generator": torch.Generator()},
@@ -213,7 +214,7 @@ def test_what_cannot_be_traced_where_graphs_may_break(graphs, function, what):
     def step(critic, *samples):
         return 2 * function(critic, *samples, **options)
 
-    with pytest.raises(ValueError, match=r"cannot be traced by torch\.compile or") as caught:
+    with pytest.raises(ValueError, match=r"cannot be traced by torch\.compile, ") as caught:
         torch.compile(step, backend=graphs)(mlp(), *pair()[: 1 if function is r1_penalty else 2])
     assert str(caught.value) == message
 
@@ -375,11 +376,32 @@ def test_an_ensemble_draws_as_vmap_is_told(function):
     assert one == other
 
 
+def test_forward_mode():
+    """The directional derivative, or an error: nothing drops the tangent, as a kernel would."""
+    critic, (real, fake), tangent = mlp(), pair(), pair()[0]
+    functions = {
+        "interpolate": lambda x, **options: interpolate(x, fake, 0.4, **options).square().sum(),
+        "gradient_norm_penalty": gradient_norm_penalty,
+        "fused_gradient_penalty": lambda x, **options: fused_gradient_penalty(critic, x, fake, alpha=0.4, **options),
+    }
+    for function in functions.values():
+        leaf = real.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(function(leaf), leaf)
+        for x in (real, leaf):
+            with dual_level():
+                found = unpack_dual(function(make_dual(x, tangent))).tangent
+                assert_same([found.detach()], [(wanted * tangent).sum()])
+                with pytest.raises(ValueError, match="forward-mode autograd, which see through no kernel"):
+                    function(make_dual(x, tangent), backend="triton")
+    with dual_level(), pytest.raises(ValueError, match=r"torch.func or forward-mode autograd: leave it out"):
+        functions["fused_gradient_penalty"](make_dual(real, tangent), method="directional")
+
+
 def test_transforms_of_what_cannot_be_transformed():
     critic, samples = mlp(), pair()
     weights = {name: p.detach() for name, p in critic.named_parameters()}
     for options in ({"method": "directional"}, {"chunk_size": 2}):
-        with pytest.raises(ValueError, match=r"cannot be traced by torch.compile or torch.func: leave it out, or call"):
+        with pytest.raises(ValueError, match=r"cannot be traced by torch.compile, torch.func or forward-"):
             grad(of_weights(critic, fused_gradient_penalty, *samples, **options))(weights)
 
     def checkpointed(x):

@@ -62,8 +62,9 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
             )
     except torch._dynamo.exc.TorchDynamoException as error:
         words = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        sizes = "" if run is kept.fixed else f", for batches of other sizes than the first, {kept.batch}, as well"
         raise ValueError(
-            f"method='compiled' needs a critic that torch.compile can compile whole, and it says: {words} Use "
+            f"method='compiled' needs a critic that torch.compile can compile whole{sizes}, and it says: {words} Use "
             "method='double_backward', or, where the critic is smooth, method='directional'."
         ) from error
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:

@@ -19,8 +19,8 @@ aten = torch.ops.aten
 class AllInForward(CustomPartitionerFn):
     """Splits the joint graph of outputs and gradients, as AOTAutograd makes it, into forward and backward.
 
-    As the compiler does it where there is no one upstream factor (reduction="none"), or where small gradients need it
-    on their way: in fp16 whose penalty is not `scaled` already.
+    As the compiler does it where there is no one upstream factor (reduction="none"), where small gradients need it on
+    their way (in fp16 whose penalty is not `scaled` already), or where it lies on another device than some of them.
     """
 
     def __init__(self, scaled: bool) -> None:
@@ -33,11 +33,13 @@ class AllInForward(CustomPartitionerFn):
         tangents = [node for node in graph.find_nodes(op="placeholder") if not node.name.startswith("primals")]
         factors = [getattr(node.meta["val"], "ndim", None) == 0 for node in tangents]
         half = any(getattr(node.meta.get("val"), "dtype", None) == torch.float16 for node in graph.nodes)
-        if factors != [True] or (half and not self.scaled):
+        (output,) = graph.find_nodes(op="output")
+        multiplied = [node for node in (*tangents, *tree_leaves(output.args)[count:]) if isinstance(node, Node)]
+        if factors != [True] or (half and not self.scaled) or len({node.meta["val"].device for node in multiplied}) > 1:
             return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
         # Gradients of the penalty for 1, which the backward multiplies.
-        (upstream,), (output,) = tangents, graph.find_nodes(op="output")
+        (upstream,) = tangents
         with graph.inserting_after(upstream):
             like = upstream.meta["val"]
             one = graph.call_function(aten.full.default, ([], 1.0), {"dtype": like.dtype, "device": like.device})

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_gp
 from fused_gp import findings, fused_gradient_penalty, graph, r1_penalty, reference
+from fused_gp.partition import AllInForward
 
 from conftest import COMPILES, Graphs
 
@@ -228,6 +229,21 @@ def test_nothing_is_kept_but_one_gradient_per_parameter(graphs, wrap, batch):
     weights = [critic[0].weight, critic[0].bias, critic[2].weight]  # the last bias has no part in the penalty
     assert sorted(t.shape for t in compiled.saved_tensors) == sorted(w.shape for w in weights)
     assert not {t.data_ptr() for t in compiled.saved_tensors} & {w.data_ptr() for w in weights}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gradients_on_another_device_than_the_penalty(device):
+    """Are not multiplied by its upstream factor in the end: the compiler splits such a graph as ever."""
+    nodes = torch.fx.Graph()
+    weight, upstream = nodes.placeholder("primals_1"), nodes.placeholder("tangents_1")
+    penalty = nodes.call_function(torch.ops.aten.sum.default, (weight,))
+    gradient = nodes.call_function(torch.ops.aten.mul.Tensor, (weight, upstream))
+    nodes.output([penalty, gradient])
+    for node in nodes.nodes:
+        node.meta["val"] = torch.ones(3, device=device) if node in (weight, gradient) else torch.ones(())
+    _, backward = AllInForward(False)(torch.fx.GraphModule({}, nodes), [], num_fwd_outputs=1)
+    (product,) = backward.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
+    assert (product.args[0].name == weight.name) == (device == "meta")
 
 
 def test_a_change_between_call_and_backward_spoils_nothing(graphs):
@@ -534,6 +550,16 @@ def test_batch_norm_in_training(graphs):
     assert str(caught.value).startswith(COMPILER_SAYS)
     assert str(caught.value).endswith(INSTEAD)
     assert_exact_here(critic.eval(), *pair())
+
+
+def test_dropout_at_another_batch_size(graphs):
+    """On the CPU torch cannot trace it for a batch of variable size. The message must not blame the critic as such."""
+    critic = nn.Sequential(nn.Dropout(0.5), mlp())
+    for _ in range(2):
+        fused_gradient_penalty(critic, *pair(5), method="compiled")
+        with pytest.raises(ValueError, match="whole, for batches of other sizes than the first, 5, as well, and it"):
+            fused_gradient_penalty(critic, *pair(4), method="compiled")
+    counters["graph_break"].clear()  # it counts what it refused
 
 
 def test_inside_hooks_on_saved_tensors(graphs):

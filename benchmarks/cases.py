@@ -27,7 +27,7 @@ def cases(device: str) -> list[Case]:
     chunked = (*few, {"chunk_size": batch // 4})
     return [
         *(OpCase(BOTH, size) for size in sizes),
-        *(OpCase(BOTH, size, dtype) for dtype in HALVES for size in (MNIST, LARGE if large else FACES)),
+        *(OpCase(BOTH, size, dtype) for dtype in HALVES for size in (MNIST, FACES, LARGE)),
         *(OpCase(name, size) for name in OPS if name != BOTH for size in (MNIST, FACES, LARGE)),
         PenaltyCase("MLP", (256, 2), critic=partial(critics.mlp, 2)),
         PenaltyCase("MLP", MNIST, critic=partial(critics.mlp, 784)),

@@ -45,9 +45,7 @@ def add_peaks(rows: list[dict[str, Any]], chosen: list[Case], device: str) -> No
         (case, row)
         for case in chosen
         for row in rows
-        if (row["group"], row["case"], tuple(row["shape"])) == (case.group, case.name, case.shape)
-        and "ms" in row
-        and row["contestant"] != TWO_OPS
+        if measure.about(case).items() <= row.items() and "ms" in row and row["contestant"] != TWO_OPS
     ]
     with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
         waiting = [(row, pool.submit(footprint.peak_mb, case, row["contestant"], device)) for case, row in jobs]

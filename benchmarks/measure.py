@@ -25,6 +25,14 @@ class Wrong(Exception):
     """A contestant whose numbers are not those of the formula."""
 
 
+def about(case: Case) -> Row:
+    """What tells the rows of one case from those of the others."""
+    return {
+        "group": case.group, "case": case.name, "shape": list(case.shape),
+        "dtype": str(case.dtype).removeprefix("torch."),
+    }  # fmt: skip
+
+
 def seeded(step: Step) -> list[Tensor]:
     torch.manual_seed(SEED)
     return step()
@@ -52,10 +60,7 @@ class Gate:
     def __init__(self, case: Case, device: str) -> None:
         self.case, self.device, self.inputs = case, device, case.inputs(device)
         self.wanted = seeded(case.enter(truth(), case.exact(self.inputs)).check)
-        self.about: Row = {
-            "group": case.group, "case": case.name, "shape": list(case.shape),
-            "dtype": str(case.dtype).removeprefix("torch."),
-        }  # fmt: skip
+        self.about = about(case)
 
     def enter(self, name: str, make: Callable[[], Peer]) -> tuple[Step | None, Row]:
         """What is to be timed, and a row with the error and the seconds of the first call; of a peer that is wrong or

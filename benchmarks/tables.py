@@ -224,6 +224,7 @@ def losses(every: list[Contest]) -> Table:
 
 SMALL = 2**17  # elements, of 4 bytes: in cache, and too few to divide among threads
 SHORT = 20.0  # ms: a step that takes longer is the critic's
+IN_CACHE = 2.0  # ms: an op that takes longer moves its tensors through memory
 
 
 def why(loss: Loss) -> str:
@@ -236,6 +237,11 @@ def why(loss: Loss) -> str:
         return (
             "small: a step is Python and the calls of small operations, and ours checks its arguments and chooses "
             "backend and method before it does the same"
+        )
+    if loss.contest.group == "op" and loss.contest.rows[OURS]["ms"][0] < IN_CACHE:
+        return (
+            "in cache: the operations take some tens of microseconds each, and the Python between them shows, whose "
+            "code and data the tensors have driven out of the near caches"
         )
     return "not known"
 

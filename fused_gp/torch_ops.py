@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .form import PenaltyForm, accumulation_type
 
-# Of so many elements at a time a half type's fp32 copies, and intermediate results, are made: 4 MB in fp32.
-BLOCK = 2**20
+# Of so many elements at a time a half type's fp32 copies, and intermediate results, are made: 2 MB in fp32. With more,
+# malloc gives memory back to the system in between, and page faults take as long as the arithmetic.
+BLOCK = 2**19
 
 # vector_norm adds up a row in a few fp32 lanes: its error reaches 2e-6 at 200,000 elements and 4e-4 at 10^7. Norms
 # of chunks of this many elements, then the norm of those norms, keep it near 1e-7 at every length.

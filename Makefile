@@ -42,10 +42,10 @@ bench-host: .venv/dev
 	$(BIN)/python -m benchmarks.report
 
 bench-systems: .venv/dev
-	$(BIN)/python -m benchmarks.systems $(ARGS)
+	$(BIN)/python -m benchmarks.systems --json benchmarks/results/cpu_systems.json $(ARGS)
 
 bench-methods: .venv/dev
-	$(BIN)/python -m benchmarks.methods $(ARGS)
+	$(BIN)/python -m benchmarks.methods --json benchmarks/results/cpu_methods.json $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

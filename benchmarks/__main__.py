@@ -19,7 +19,7 @@ from benchmarks import bandwidth, cases, footprint, measure, provenance, report,
 from benchmarks.case import Case
 from benchmarks.penalty import TWO_OPS
 
-BUDGET = {"op": 1.5, "penalty": 8.0, "training step": 10.0}  # seconds of rounds for a case
+BUDGET = {"op": 1.2, "penalty": 6.0, "training step": 8.0}  # seconds of rounds for a case
 QUICK_BUDGET = {"op": 1.0, "penalty": 2.0, "training step": 3.0}
 
 

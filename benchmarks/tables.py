@@ -245,8 +245,8 @@ def why(loss: Loss) -> str:
         )
     if loss.contest.name == "penalty, forward":
         return (
-            "norms of chunks of 4096 elements first: the norm of a long row at once adds up in a few fp32 lanes, and is "
-            "off by 1e-4 where a row is 200,000 equal numbers"
+            "norms of chunks of 4096 elements first: the norm of a long row at once adds up in a few fp32 lanes, and "
+            "is off by 1e-4 where a row is 200,000 equal numbers"
         )
     return "not known"
 

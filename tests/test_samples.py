@@ -1,5 +1,7 @@
 """Samples made of several tensors, and groups of samples: one alpha and one norm for what belongs together."""
 
+import inspect
+import itertools
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -146,9 +148,10 @@ def test_several_tensors_end_in_one_root(monkeypatch):
     launches = []
     launch = kernels.launch
 
-    def counting(kernel, *args, **constants):
-        launches.append((kernel.__name__, constants.get("LAST")))
-        return launch(kernel, *args, **constants)
+    def counting(kernel, programs, *arguments):
+        named = dict(zip(inspect.signature(kernel.fn).parameters, itertools.chain(*arguments), strict=True))
+        launches.append((kernel.fn.__name__, named.get("LAST")))
+        return launch(kernel, programs, *arguments)
 
     monkeypatch.setattr(kernels, "launch", counting)
     gradients = [torch.randn(3, width, requires_grad=True) for width in (2, 5, 3)]

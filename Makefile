@@ -41,11 +41,12 @@ bench-host: .venv/dev
 	$(BIN)/python -m benchmarks.host --json benchmarks/results/host.json $(ARGS)
 	$(BIN)/python -m benchmarks.report
 
+# Printed; ARGS='--json FILE' keeps the numbers.
 bench-systems: .venv/dev
-	$(BIN)/python -m benchmarks.systems --json benchmarks/results/cpu_systems.json $(ARGS)
+	$(BIN)/python -m benchmarks.systems $(ARGS)
 
 bench-methods: .venv/dev
-	$(BIN)/python -m benchmarks.methods --json benchmarks/results/cpu_methods.json $(ARGS)
+	$(BIN)/python -m benchmarks.methods $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

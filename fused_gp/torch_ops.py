@@ -67,7 +67,8 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
     else:
         # n = sqrt(||g||^2 + eps) as hypot(||g||, sqrt(eps)): one operation, which neither overflows nor waits.
         # torch.sqrt hands more than 2048 numbers to all threads of MKL, and on busy cores takes milliseconds.
-        norms = torch.hypot(norms, root) if form.eps else norms
+        if form.eps:
+            norms = torch.hypot(norms, root if isinstance(root, Tensor) else norms.new_full((), root))
         distance = _excess(norms, target, form.one_sided)
     penalty = torch.dot(distance, distance) if form.reduce else distance.square()
     return penalty.mul_(scale), norms
@@ -216,11 +217,11 @@ def _numbers(form: PenaltyForm, norms: Tensor) -> Any:
     """target, sqrt(eps), scale and 2 scale.
 
     On the CPU as tensors: of a number torch makes one at every operation, which on small tensors takes longer than the
-    operation. Other devices and kinds of tensor (FakeTensor) get numbers, but for hypot, which takes tensors only.
+    operation. Other devices and kinds of tensor (FakeTensor) get the numbers themselves.
     """
     if type(norms) is Tensor and norms.is_cpu:
         return _tensors(form.target, form.eps, form.scale, norms.dtype)
-    return form.target, norms.new_full((), _root(form.eps, norms.dtype)), form.scale, 2 * form.scale
+    return form.target, _root(form.eps, norms.dtype), form.scale, 2 * form.scale
 
 
 @lru_cache(maxsize=256)

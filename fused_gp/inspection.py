@@ -196,7 +196,7 @@ def _inspection(launch: Launch, case: str, target: str, machine: "_Nvidia | _Amd
     processor, constants = PROCESSORS[target], launch.constexprs
     threads = launch.compiled.metadata.num_warps * processor.target.warp_size
     programs = machine.programs(processor, threads)
-    code = machine.code[: machine.arrives_at()]
+    code = _up_to(machine.arrives_at(), machine.code)
     loops = [instruction for loop in _loops_over_tiles(code) for instruction in loop]
     counted = loops or code
 
@@ -286,6 +286,27 @@ class _Instruction(NamedTuple):
     jump: int | None = None
     waits: frozenset[int] = frozenset()  # NVIDIA: barriers that it waits for, and the one that its result will set
     sets: int = -1
+
+
+def _up_to(arrival: int | None, code: list[_Instruction]) -> list[_Instruction]:
+    """What leads to the arrival, which compilers may place behind it; without one, all of it."""
+    if arrival is None:
+        return code
+    leads = {arrival}
+    known = 0
+    while len(leads) > known:
+        known = len(leads)
+        for at in range(len(code) - 1, -1, -1):
+            follows = [code[at].jump] if _JUMPS.match(code[at].text) else [code[at].jump, at + 1]
+            if not leads.isdisjoint(follows):
+                leads.add(at)
+    kept = sorted(leads - {arrival})
+    places = {at: place for place, at in enumerate(kept)}
+    return [code[at]._replace(jump=places.get(code[at].jump)) for at in kept]  # type: ignore[arg-type]
+
+
+# Whatever the conditions: those of NVIDIA stand before the instruction, or before the address.
+_JUMPS = re.compile(r"BRA (?:`\(|0x)|EXIT|RET|s_branch|s_endpgm|s_setpc")
 
 
 def _loops_over_tiles(code: list[_Instruction]) -> list[list[_Instruction]]:

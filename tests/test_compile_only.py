@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
+import triton
 
 from fused_gp import kernels
 from fused_gp.__main__ import main
@@ -23,6 +25,10 @@ for target in sys.argv[1:]:
     found += inspect(target, [LONG._replace(dtypes=dtypes, calls=("forward", "interpolate", "double"))])
 print(json.dumps({"rows": [row._asdict() for row in found], "table": table(found)}))
 """
+
+CONSTRAINTS = (Path(__file__).parent.parent / "constraints.txt").read_text()
+TESTED = dict(line.split("==") for line in CONSTRAINTS.splitlines() if "==" in line)["triton"]
+counts = pytest.mark.skipif(triton.__version__ != TESTED, reason=f"counts of what Triton {TESTED} makes of the kernels")
 
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -152,6 +158,7 @@ def test_all_is_there(rows):
     assert {row["kernel"] for row in rows} == kernels
 
 
+@counts
 def test_registers(rows):
     """No spills; four programs of 128 threads fit even with the most registers (65,536 in all)."""
     for row in rows:
@@ -165,6 +172,7 @@ def test_elements_moved(rows):
         assert row["moved"] == row["minimum"] == sum(moved(row)), row
 
 
+@counts
 def test_widths(rows):
     """Of aligned rows each element is in one wide access; besides, there are the few numbers that rows have."""
     for row in rows:
@@ -192,6 +200,7 @@ def test_no_thread_without_an_element(rows):
             assert row["elements"] == 1, row
 
 
+@counts
 def test_instructions(rows):
     for row in rows:
         if row["variant"].startswith(("rows of one", "one number")):  # a program of few elements is all fixed costs
@@ -208,6 +217,7 @@ def test_instructions(rows):
         assert row["instructions"] / row["elements"] <= limit, row
 
 
+@counts
 def test_bytes_in_flight(rows):
     """Memory has enough to do while the program that waits for it waits: its bandwidth is used."""
     for row in rows:
@@ -240,6 +250,27 @@ def test_arrival(rows):
             assert store.startswith(("st.global", "global_store", "buffer_store")), row
             expected = ARRIVAL.get(row["target"], ARRIVAL["sm"])
             assert ["store", *others][: len(expected)] == expected, row
+
+
+def test_code_behind_the_arrival():
+    """Compilers may place a loop there; it is what runs before that is read."""
+    from fused_gp.inspection import _Instruction, _loops_over_tiles, _up_to
+
+    code = [
+        _Instruction("s_cbranch_execz", jump=5),
+        _Instruction("s_barrier"),
+        _Instruction("global_atomic_add"),
+        _Instruction("global_load_dword", load=32),
+        _Instruction("s_endpgm"),
+        _Instruction("global_load_dwordx4", load=128),
+        _Instruction("s_cbranch_scc1", jump=5),
+        _Instruction("s_branch", jump=1),
+        _Instruction("s_endpgm"),
+    ]
+    before = _up_to(2, code)
+    assert [i.text for i in before] == [code[at].text for at in (0, 1, 5, 6, 7)]
+    assert [i.load for loop in _loops_over_tiles(before) for i in loop] == [128, 0]
+    assert _up_to(None, code) == code
 
 
 def refused(monkeypatch, capsys, *arguments):

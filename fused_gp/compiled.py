@@ -30,6 +30,9 @@ class Kept:
         self.variable = torch.compile(_fresh(_penalise), fullgraph=True, options=options)
 
 
+_INSTEAD = "Use method='double_backward', or, where the critic is smooth, method='directional'."
+
+
 def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -> Answer:
     """Exact, and differentiable once."""
     refuse_hooks(bool(findings.sharded or findings.replicas))
@@ -61,11 +64,16 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
                 question.critic, points, question.structure, args, kwargs, scale, upstream, plain, group
             )
     except torch._dynamo.exc.TorchDynamoException as error:
+        if "would mutate a captured Tensor" in str(error):  # far down, and in another place in each version
+            raise ValueError(
+                "method='compiled' needs a critic that changes no buffer on the way from points to scores, as batch "
+                f"normalisation does in training mode, got one that does. {_INSTEAD}"
+            ) from error
         words = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         sizes = "" if run is kept.fixed else f", for batches of other sizes than the first, {kept.batch}, as well"
         raise ValueError(
-            f"method='compiled' needs a critic that torch.compile can compile whole{sizes}, and it says: {words} Use "
-            "method='double_backward', or, where the critic is smooth, method='directional'."
+            f"method='compiled' needs a critic that torch.compile can compile whole{sizes}, and it says: {words} "
+            f"{_INSTEAD}"
         ) from error
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise ValueError(

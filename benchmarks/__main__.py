@@ -24,16 +24,16 @@ QUICK_BUDGET = {"op": 1.0, "penalty": 2.0, "training step": 3.0}
 
 
 def run(
-    chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None, compiling: bool, unfinished: Path
+    chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None, unfinished: Path
 ) -> list[dict[str, Any]]:
     """The rows; those of the cases that are done are in the file `unfinished` if the run breaks off."""
     about = provenance.provenance(device)
     rows = []
-    if compiling and any("compiled" in name for case in chosen for name in case.contestants()):
+    if any("compiled" in name for case in chosen for name in case.contestants()):
         measure.warm_compiler()
     copy_gb_s = bandwidth.copy_bandwidth(device)
     for case in terminal.track([(case.key, case) for case in chosen]):
-        rows += measure.measure(case, device, budget[case.group], rounds, copy_gb_s, compiling)
+        rows += measure.measure(case, device, budget[case.group], rounds, copy_gb_s)
         results.save(unfinished, [row | about for row in rows])
     add_peaks(rows, [case for case in chosen if cases.measured_for_memory(case)], device)
     return [row | about for row in rows]
@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compile in this run what this run says the time of
         budget = QUICK_BUDGET if options.quick else BUDGET
-        rows = run(chosen, options.device, budget, options.rounds, not options.quick, unfinished)
+        rows = run(chosen, options.device, budget, options.rounds, unfinished)
     results.save(path, rows)
     unfinished.unlink()
     terminal.show(tables.tables(results.load(path)))

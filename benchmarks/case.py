@@ -27,14 +27,18 @@ class Case(ABC):
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    compiling: bool = True  # those contestants too that must be compiled
 
     @property
     def key(self) -> str:
         return f"{self.group}: {self.name} {self.shape} {str(self.dtype).removeprefix('torch.')}"
 
-    @abstractmethod
     def contestants(self) -> dict[str, Callable[[], Peer]]:
-        """Ours first."""
+        return {name: make for name, make in self.everybody().items() if self.compiling or "compiled" not in name}
+
+    @abstractmethod
+    def everybody(self) -> dict[str, Callable[[], Peer]]:
+        """The contestants, ours first."""
 
     @abstractmethod
     def inputs(self, device: str) -> Any:
@@ -63,5 +67,5 @@ class CallCase(Case):
 
     options: tuple[dict[str, Any], ...] = ({}, {"method": "compiled"})  # of ours, one contestant each
 
-    def contestants(self) -> dict[str, Callable[[], Peer]]:
+    def everybody(self) -> dict[str, Callable[[], Peer]]:
         return {**contestants(*self.options), **peers_of_calls(len(self.shape))}

@@ -86,13 +86,10 @@ class Gate:
         return entry.step, row
 
 
-def measure(
-    case: Case, device: str, budget: float, rounds: int | None, copy_gb_s: float, compiling: bool = True
-) -> list[Row]:
+def measure(case: Case, device: str, budget: float, rounds: int | None, copy_gb_s: float) -> list[Row]:
     torch._dynamo.reset()  # no case's graphs count against another's
-    contestants = {name: make for name, make in case.contestants().items() if compiling or "compiled" not in name}
     gate = Gate(case, device)
-    entered = {name: gate.enter(name, make) for name, make in contestants.items()}
+    entered = {name: gate.enter(name, make) for name, make in case.contestants().items()}
     steps = {name: step for name, (step, _) in entered.items() if step}
     rows = [row for _, row in entered.values()]
     yardsticks = case.yardsticks(gate.inputs)

@@ -97,7 +97,7 @@ OPS = {
 class OpCase(Case):
     group: ClassVar[str] = "op"
 
-    def contestants(self) -> dict[str, Callable[[], Peer]]:
+    def everybody(self) -> dict[str, Callable[[], Peer]]:
         peers = {name: peer for name, peer in PEERS.items() if name not in ("torch.func", "ctgan")}  # without ops
         if self.name != BOTH:  # compiling takes longer than all the rest, and cannot do the double backward
             del peers["torch.func, compiled"]

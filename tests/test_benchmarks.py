@@ -112,7 +112,7 @@ def test_a_run_that_breaks_off_leaves_what_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", breaks)
     monkeypatch.setattr(bandwidth, "copy_bandwidth", lambda device: 10.0)
     with pytest.raises(KeyboardInterrupt):
-        main.run([first, second], "cpu", {"op": 0.0}, 6, False, tmp_path / "cpu.unfinished.json")
+        main.run([first, second], "cpu", {"op": 0.0}, 6, tmp_path / "cpu.unfinished.json")
     found = results.load(tmp_path / "cpu.unfinished.json")
     assert {row["contestant"] for row in found} >= {OURS, "snippet", bandwidth.COPIES}
     assert all(row["machine"] for row in found)
@@ -276,6 +276,7 @@ def test_quick_is_a_part_of_the_suite():
     keys = {case.key for case in cases("cpu")}
     assert len(keys) == len(cases("cpu"))
     assert {case.key for case in quick("cpu")} < keys
+    assert not any("compiled" in name for case in quick("cpu") for name in case.contestants())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")

@@ -6,7 +6,9 @@ A step is the penalty and its gradient with respect to the weights. The peer is 
 (the peer `snippet`), for the ViT with math attention, which alone they and the compiler can differentiate twice. All
 take turns in one process, in another order each round; the ratio is taken round by round, above 1 ours is faster. Peak
 memory is that of one step in a process of its own, after two to warm up, above what the process held before: parameter
-gradients count. The gradient's error is relative to the hand-written lines in fp64.
+gradients count. Fresh is the memory that the system handed out while the step was timed: a fault and a cleared page for
+every 4 kB, which on a CPU may take as long as the arithmetic, and which allocators that keep what is freed do without.
+The gradient's error is relative to the hand-written lines in fp64.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import copy
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -64,7 +67,11 @@ CRITICS = {
         partial(dcgan, activation=nn.SiLU), 64, ({"method": "directional"}, *chunked(16, method="directional"))
     ),
 }
-GROWTH = [(options, batch) for options in ({"chunk_size": 2}, {}) for batch in (8, 16, 32)]
+# Memory against batch; that of one chunk's samples by hand is what chunks cannot get below.
+GROWTH: list[tuple[dict[str, Any] | None, int]] = [
+    *(({"chunk_size": 2}, batch) for batch in (8, 16, 32)),
+    *((None, batch) for batch in (1, 2, 8, 16, 32)),
+]
 PEER = "the lines by hand"
 
 
@@ -152,10 +159,13 @@ def measure(critic: str, device: str, rounds: int) -> list[dict[str, Any]]:
     names = list(contestants)
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
+    faults: dict[str, list[int]] = {name: [] for name in names}
     for _ in track(range(rounds), f"timing {critic}", transient=True):
         order.shuffle(names)
         for name in names:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             times[name].append(timing.seconds(partial(step, contestants[name]), device))
+            faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     peaks = {
         name: peak(critic, batch, options, device)
         for name, options in track(list(contestants.items()), "memory", transient=True)
@@ -164,7 +174,8 @@ def measure(critic: str, device: str, rounds: int) -> list[dict[str, Any]]:
         {
             "critic": critic, "batch": batch, "method": name, "rounds": rounds,
             "ms": 1e3 * statistics.median(times[name]), **timing.ratio(times[PEER], times[name]),
-            "peak_mb": peaks[name], "peak_share": peaks[name] / peaks[PEER], **rows[name],
+            "peak_mb": peaks[name], "peak_share": peaks[name] / peaks[PEER],
+            "fresh_mb": statistics.median(faults[name]) * resource.getpagesize() / 1e6, **rows[name],
         }
         for name in contestants
     ]  # fmt: skip
@@ -199,13 +210,14 @@ def main() -> None:
     console.width = max(console.width, 105)
     for critic in dict.fromkeys(row["critic"] for row in results):
         rows = [row for row in results if row["critic"] == critic]
-        headings = ("method", "ms", "by hand / ours", "peak MB", "of by hand", "error", "bf16 error")
+        headings = ("method", "ms", "by hand / ours", "peak MB", "of by hand", "fresh MB", "error", "bf16 error")
         table = Table(*headings, title=f"{critic}, batch {rows[0]['batch']}: {title}")
         for row in rows:
             table.add_row(
                 row["method"], f"{row['ms']:.0f}",
                 f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})", f"{row['peak_mb']:.0f}",
-                f"1/{1 / row['peak_share']:.1f}", f"{row['error']:.1e}", f"{row['bf16_error']:.1e}",
+                f"1/{1 / row['peak_share']:.1f}", f"{row['fresh_mb']:.0f}",
+                f"{row['error']:.1e}", f"{row['bf16_error']:.1e}",
             )  # fmt: skip
         console.print(table)
     table = Table("ViT, method", "batch", "peak MB", title="memory against batch")

@@ -10,9 +10,10 @@ from itertools import compress
 from typing import Any
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 from torch.nn import Module
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import data_parallel, double_backward, graph
 from .directional import refuse_higher_order
@@ -35,6 +36,8 @@ class Batch:
         self.group = len(sources[0]) // self.rows
         others, self.tree = tree_flatten((question.args, question.kwargs))
         lengths = (self.rows, len(sources[0]))
+        if self.rows > 1:
+            _refuse_lists((question.args, question.kwargs), lengths)
         self.is_cut = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] in lengths for t in others]
         self.cut = [*sources, *compress(others, self.is_cut)]
         # Those without the batch in front that want a gradient. What they come from is none of the chunks' business.
@@ -69,6 +72,21 @@ class Batch:
         return question, self.points_of(sources, question.ops), pieces
 
 
+def _refuse_lists(arguments: Any, lengths: Sequence[int]) -> None:
+    """Whose elements, most likely, are of one sample each: every chunk would be given those of the first samples."""
+
+    def is_list(thing: Any) -> bool:
+        return isinstance(thing, (list, ndarray)) and getattr(thing, "ndim", 1) > 0 and len(thing) in lengths
+
+    for thing in tree_leaves(arguments, is_leaf=is_list):
+        if is_list(thing):
+            raise ValueError(
+                "critic_args and critic_kwargs must have what is of one sample each in tensors with chunk_size, which "
+                f"cuts them, got a {type(thing).__name__} of {len(thing)}: make it a tensor, or, where it is not of "
+                "the samples, a tuple"
+            )
+
+
 def penalise(
     question: Question,
     sources: Sequence[Tensor],
@@ -87,10 +105,11 @@ def penalise(
     attached = [*parameters, *batch.shared, *[t for t in batch.cut if t.requires_grad]]
     if not attached:
         return value(question, sources, points_of, chunk_size, findings)
-    if batch.rows > 1 and critic.training not in findings.separate:
+    make = findings.make((question.args, question.kwargs))
+    if batch.rows > 1 and make not in findings.separate:
         rows = min(max(2, chunk_size // batch.group), batch.rows)
         if _check_separate(batch, rows, whole, findings):
-            findings.separate.add(critic.training)
+            findings.separate.add(make)
 
     # Scores are scaled in the chunks' backward too: an fp16 critic's small gradients would vanish in it.
     upstream = 1.0 if question.grad_scale is None else question.grad_scale
@@ -104,7 +123,7 @@ def penalise(
         with buffers.as_before() if answers else nullcontext(), _without_hooks(whole):
             answer, found = differentiate(part, points, wanted, upstream)
         answers.append(answer._replace(penalty=answer.penalty.detach()))
-        add_up(sums, (None if g is None else g.to(accumulation_type(g.dtype)) for g in found[: len(whole)]))
+        add_up(sums, (None if g is None else _precise(g) for g in found[: len(whole)]))
         pieces_grads.append([
             torch.zeros_like(x) if g is None else g
             for x, g in zip(wanted[len(whole) :], found[len(whole) :], strict=True)
@@ -121,6 +140,11 @@ def penalise(
     if form.kappa is not None:
         gradients = [g * form.kappa for g in gradients]
     return whole_answer._replace(penalty=Known.apply(whole_answer.penalty, gradients, *attached))
+
+
+def _precise(gradient: Tensor) -> Tensor:
+    """As it is added up: sums of many small ones would be lost in half types."""
+    return gradient if gradient.is_complex() else gradient.to(accumulation_type(gradient.dtype))
 
 
 def value(
@@ -198,10 +222,8 @@ def _check_separate(batch: Batch, rows: int, whole: Sequence[Tensor], findings: 
     """
     question, points, pieces = batch.part(0, rows)
     leaves = [x.detach().requires_grad_() for x in points]
-    evaluations = Evaluations(findings, leaves[0].device)
-    with torch.enable_grad():
+    with Evaluations(findings, leaves[0].device) as evaluations, torch.enable_grad():
         scores = evaluations.again(question).scores(leaves)
-    evaluations.rewind()
     graph.refuse_reentrant(graph.nodes([scores]))
     known = {id(t) for t in (*whole, *pieces, *leaves)}
     for leaf in graph.leaves_reached([scores]):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import functional, graph, reference
+from .directional import refuse_higher_order
 from .evaluations import Evaluations
 from .findings import Findings
 from .form import PenaltyForm, accumulation_type
@@ -81,7 +82,10 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
             f"{torch._dynamo.config.recompile_limit} times and has changed again: numbers that change from call to "
             "call belong in tensors, such as buffers"
         ) from error
-    return Answer(penalty * (form.scale if form.kappa is None else form.kappa), norms)
+    penalty = penalty * (form.scale if form.kappa is None else form.kappa)
+    if penalty.requires_grad:  # the graph knows the gradient as numbers, whose own derivative would be lost in silence
+        penalty.register_hook(lambda _: refuse_higher_order("method='compiled'"))
+    return Answer(penalty, norms)
 
 
 def refuse_hooks(distributed: bool) -> None:
@@ -114,7 +118,7 @@ def _penalise(
 
 def _fresh(function: Any) -> FunctionType:
     """The same function with code of its own: torch.compile keeps what it compiled with the code, so that one critic's
-    graphs neither count against another's nor outlive their owner."""
+    graphs do not count against another's."""
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
@@ -130,10 +134,13 @@ def _of_any_batch(tensor: Tensor, batch: int) -> Tensor:
 def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> None:
     """What the critic's own graph shows, before it is compiled: a compiled function cannot tell zero from nothing, and
     what stops its compiler is told by it in pages."""
-    evaluations = Evaluations(findings, points[0].device)
     leaves = [x.detach().requires_grad_() for x in points]
     # Parts that are compiled already are traced again with the rest, so look at them as they were before.
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    with (
+        Evaluations(findings, points[0].device) as evaluations,
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
         scores = evaluations.again(question).scores(leaves)
         between = graph.nodes_between([scores], leaves)
         if not between:
@@ -144,7 +151,6 @@ def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> 
         if not found:
             gradients = input_gradients((scores,), (cotangent(scores, None),), leaves, True, True)
             found = graph.dead_end(gradients, leaves)
-    evaluations.rewind()
     if found:
         culprit, remedy = found
         raise ValueError(f"method='compiled' must differentiate the critic twice, and found {culprit}. Use {remedy}.")

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.nn import Module
-from torch.utils._pytree import tree_leaves
 
 from . import data_parallel, graph, torch_ops
 from .evaluations import Evaluations
@@ -117,8 +116,8 @@ def _direction(
     form = question.form
     leaves = [x.detach().requires_grad_() for x in points]
     scores = question.scores(leaves)
-    options = [t for t in tree_leaves((question.args, question.kwargs)) if isinstance(t, (str, bool))]
-    like = (findings.mode(scores.device), findings.make(), tuple(x.dtype for x in points), tuple(options))
+    make = findings.make((question.args, question.kwargs))
+    like = (findings.mode(scores.device), make, tuple(x.dtype for x in points))
     run = findings.runs.get(like)
     if run is None or run.calls == TRIAL_EVERY:
         run = findings.runs[like] = _look(question, leaves, scores, evaluations)

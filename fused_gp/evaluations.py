@@ -36,7 +36,7 @@ class Buffers:
 
 
 class Evaluations:
-    """The state from which a critic is about to run.
+    """The state from which a critic is about to run. As a context, it leaves the generators as if none had.
 
     Dropout draws a mask at each run, and spectral norm takes a step of its power iteration. Between the two ends of a
     difference neither may change: the change would be divided by a small step.
@@ -57,8 +57,13 @@ class Evaluations:
         self.states = [module.get_rng_state(*where) for module, where in self.generators]
         self.buffers = Buffers(findings)
 
+    def __enter__(self) -> "Evaluations":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rewind()
+
     def rewind(self) -> None:
-        """The generators, as if the critic had not run."""
         for (module, where), state in zip(self.generators, self.states, strict=True):
             module.set_rng_state(state, *where)
 

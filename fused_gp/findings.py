@@ -13,6 +13,7 @@ import torch
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -30,8 +31,7 @@ class Findings:
         self.runs_once: set[Any] = set()  # the modes in which no checkpoint runs a part with buffers again
         self.twice: set[Any] = set()  # the modes in which its graph can be differentiated twice
         self.runs: dict[Any, Run] = {}  # what one run showed, by all that may make another run another
-        # Its samples do not see one another, and its parameters are all known: in training if True, or evaluation.
-        self.separate: set[bool] = set()
+        self.separate: set[Any] = set()  # the makes whose samples do not see one another, all parameters known
         # Parameters that DDP waits for in vain, by the kind of penalty.
         self.unreached: dict[str, list[ReferenceType[torch.Tensor]]] = {}
         self.compiled: dict[Any, Any] = {}
@@ -40,15 +40,18 @@ class Findings:
         return [module for module in (found() for found in self.modules) if module is not None]
 
     def mode(self, device: torch.device) -> Any:
-        """In training or evaluation, under which autocast: other operations may run in another."""
+        """In training or evaluation, under which autocast, with which attention: operations may differ in another."""
+        attention = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return autocast, *[module.training for module in self.alive()]
+        return autocast, attention, *[module.training for module in self.alive()]
 
-    def make(self) -> Any:
-        """Of which parts the critic is made, and of which types: it may be changed while it lives."""
+    def make(self, arguments: Any) -> Any:
+        """Of which parts the critic is made, of which types, and which words and flags it is given: all that may make
+        it another while it lives."""
         modules = self.alive()
         parts = [(type(part), part.training) for module in modules for part in module.modules()]
-        return tuple(parts), frozenset(p.dtype for module in modules for p in module.parameters())
+        words = [t for t in tree_leaves(arguments) if isinstance(t, (str, bool))]
+        return tuple(parts), frozenset(p.dtype for module in modules for p in module.parameters()), tuple(words)
 
 
 @dataclass
@@ -129,10 +132,12 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
             for part in (thing.func, *thing.args, *thing.keywords.values()):
                 visit(part, names)
         elif isinstance(thing, MethodType):
-            visit(thing.__self__, names | _names(thing.__func__))
-            visit(thing.__func__, names)
+            functions = _with_others_of(type(thing.__self__), thing.__func__)
+            visit(thing.__self__, names.union(*map(_names, functions)))
+            for function in functions:
+                visit(function, names)
         elif isinstance(thing, FunctionType):
-            if (thing.__module__ or "").partition(".")[0] != "torch":
+            if not _of_torch(thing):
                 visit_function(thing)
             others.append(thing.__code__)
         elif isinstance(thing, Module):
@@ -142,11 +147,10 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
             if len(thing) <= 100:  # more are data
                 items = thing.items() if isinstance(thing, dict) else enumerate(thing)
                 visit_parts(items, names, all_of_it=True)
-        elif hasattr(thing, "__dict__") and not isinstance(thing, (type, ModuleType)):
-            others.append(thing)
-            visit_parts(vars(thing).items(), names, all_of_it=False)
         else:
             others.append(thing)
+            if not isinstance(thing, (type, ModuleType)):
+                visit_parts(_attributes(thing), names, all_of_it=False)
 
     def visit_parts(items: Iterable[tuple[Any, Any]], names: set[str], all_of_it: bool) -> None:
         parts = list(items)
@@ -159,7 +163,7 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
 
     def visit_function(function: FunctionType) -> None:
         names, known = _names(function), function.__globals__
-        things = [known[name] for name in function.__code__.co_names if name in known]
+        things = [known[name] for name in sorted(names) if name in known]
         things += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # a name that has no value yet
@@ -171,6 +175,29 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
         critic = getattr(critic, "__call__", critic)  # noqa: B004  # the bound method of a callable object
     visit(critic, set())
     return modules, others
+
+
+def _attributes(thing: Any) -> list[tuple[str, Any]]:
+    """With their values, those in slots too."""
+    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [*getattr(thing, "__dict__", {}).items(), *((name, getattr(thing, name, None)) for name in slots)]
+
+
+def _with_others_of(owner: type, method: Any) -> list[Any]:
+    """A method, the methods and properties of its owner that it speaks of, those that these speak of, and so on."""
+    functions = [method]
+    for function in functions:
+        for name in sorted(_names(function)):
+            found = getattr(owner, name, None)
+            for wrapper in ("fget", "func", "__func__"):  # of properties, cached properties, class methods
+                found = getattr(found, wrapper, found)
+            if isinstance(found, FunctionType) and not _of_torch(found) and found not in functions:
+                functions.append(found)
+    return functions
+
+
+def _of_torch(function: FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"
 
 
 def _names(function: Any) -> set[str]:

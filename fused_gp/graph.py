@@ -15,8 +15,11 @@ KINKS = (
     "Softshrink", "Hardshrink", "Abs", "Clamp", "ClampMin", "ClampMax", "Max", "Min", "Maximum", "Minimum", "Fmax",
     "Fmin", "Amax", "Amin", "Aminmax", "Sort", "Topk", "Kthvalue", "Median", "Nanmedian", "Cummax", "Cummin",
     "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "FractionalMaxPool2D",
-    "FractionalMaxPool3D", "Fmod", "Remainder", "Floor", "Ceil", "Round", "Trunc", "Frac", "Sign", "Sgn",
+    "FractionalMaxPool3D", "Fmod", "Remainder", "Floor", "Ceil", "Round", "Trunc", "Frac", "Sign", "Sgn", "Copysign",
 )  # fmt: skip
+# And those that have one with some options, with the names that the nodes have for the option.
+ORDERS = {"LinalgVectorNorm": "_saved_ord", "Dist": "_saved_p", "Cdist": "_saved_p", "Pdist": "_saved_p"}
+REDUCTIONS = ("ScatterReduce", "IndexReduce", "SegmentReduce")
 
 # Nodes that stand for a whole compiled graph.
 COMPILED = "CompiledFunctionBackward"
@@ -49,7 +52,8 @@ def nodes_between(outputs: Iterable[Tensor], points: Sequence[Tensor]) -> list[A
             children.setdefault(parent, []).append(node)
     between = []
     seen = set()
-    stack = [get_gradient_edge(x).node for x in points]
+    with torch._C.DisableTorchFunctionSubclass():  # of a subclass's leaf it would be another node, of a view
+        stack = [get_gradient_edge(x).node for x in points]
     while stack:
         for child in children.get(stack.pop(), ()):
             if child not in seen:
@@ -68,8 +72,10 @@ def kink(between: Sequence[Any]) -> str | None:
         # SELU and ELU are one operation; smooth where both sides have one slope at zero.
         if name == "Elu" and node._saved_alpha * node._saved_input_scale != 1:
             return "Elu with two slopes at zero (SELU, or alpha other than 1)"
-        if name == "LinalgVectorNorm" and node._saved_ord in (0, 1, math.inf, -math.inf):
-            return f"LinalgVectorNorm of order {node._saved_ord:g}"
+        if name in ORDERS and (order := getattr(node, ORDERS[name])) in (0, 1, math.inf, -math.inf):
+            return f"{name} of order {order:g}"
+        if name in REDUCTIONS and node._saved_reduce in ("amax", "amin", "max", "min"):
+            return f"{name} with {node._saved_reduce}"
     return None
 
 

@@ -60,9 +60,8 @@ def _name(question: Question, points: list[Tensor], findings: Findings, method: 
         return method.name
     mode = findings.mode(points[0].device)
     if mode not in findings.chosen:
-        evaluations = Evaluations(findings, points[0].device)
         leaves = [x.detach().requires_grad_() for x in points]
-        with evaluations.buffers.as_before():
+        with Evaluations(findings, points[0].device) as evaluations, evaluations.buffers.as_before():
             try:
                 double_backward.penalise(evaluations.again(question), leaves, findings, create_graph=True)
                 findings.chosen[mode] = "double_backward"
@@ -72,7 +71,6 @@ def _name(question: Question, points: list[Tensor], findings: Findings, method: 
                 except directional.Kinked as kinked:
                     raise ValueError(f"{obstacle} But {kinked}") from None
                 findings.chosen[mode] = "directional"
-        evaluations.rewind()
     return findings.chosen[mode]
 
 

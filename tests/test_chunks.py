@@ -5,6 +5,7 @@ import gc
 import re
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from test_methods import ONCE, TOGETHER, UNKNOWN, Conditional, MinibatchStd, conv, mlp
@@ -415,6 +416,90 @@ def test_evaluation_mode_proves_nothing_of_training():
         pytest.raises(ValueError, match=f"^{re.escape(TOGETHER)}$"),
     ):
         fused_gradient_penalty(critic, torch.randn(5, 6), torch.randn(5, 6), chunk_size=2)
+
+
+def changes(critic):
+    """Changes it, and says whether its samples see one another then."""
+    critic.train()
+    critic[1].eval()
+    yield False  # frozen batch normalisation
+    critic.train()
+    yield True
+    critic.eval()
+    yield False
+    critic[1].train()
+    yield True
+    critic[1] = nn.Tanh()
+    yield False
+    critic[1] = nn.Sequential(MinibatchStd(), nn.Linear(6, 5).double())
+    yield True
+
+
+@pytest.mark.filterwarnings("ignore:critic has batch normalisation")
+def test_a_critic_that_is_changed_is_looked_at_again():
+    critic = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1)).double()
+    real, fake = batch()
+    for together in changes(critic):
+        if together:
+            with pytest.raises(ValueError, match=f"^{re.escape(TOGETHER)}$"):
+                fused_gradient_penalty(critic, real, fake, chunk_size=2)
+        else:
+            ours = fused_gradient_penalty(critic, real, fake, alpha=0.3, chunk_size=2)
+            truth = reference.fused_gradient_penalty(critic, real, fake, alpha=0.3)
+            assert_same(gradients(ours, critic.parameters()), gradients(truth, critic.parameters()))
+
+
+def test_a_flag_among_the_arguments_may_make_it_another():
+    class Flagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.separate, self.together = mlp(), nn.Sequential(MinibatchStd(), nn.Linear(7, 1))
+
+        def forward(self, x, compare):
+            return self.separate(x) + self.together(x) if compare else self.separate(x)
+
+    critic = Flagged().double()
+    fused_gradient_penalty(critic, *batch(), critic_args=(False,), chunk_size=2)
+    with pytest.raises(ValueError, match=f"^{re.escape(TOGETHER)}$"):
+        fused_gradient_penalty(critic, *batch(), critic_args=(True,), chunk_size=2)
+
+
+def test_complex_parameters():
+    class Spectrum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filter, self.head = nn.Parameter(torch.randn(4, dtype=torch.cdouble)), nn.Linear(6, 1).double()
+
+        def forward(self, x):
+            return self.head(torch.tanh(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=6)))
+
+    critic, (real, fake) = Spectrum(), batch()
+    ours = fused_gradient_penalty(critic, real, fake, alpha=0.3, chunk_size=2)
+    truth = reference.fused_gradient_penalty(critic, real, fake, alpha=0.3)
+    assert_same(gradients(ours, critic.parameters()), gradients(truth, critic.parameters()))
+
+
+@pytest.mark.parametrize("make", [list, np.array], ids=["list", "array"])
+def test_what_is_of_one_sample_each_must_be_in_tensors(make):
+    """Every chunk would be given that of the first samples. A tuple says that it is of something else."""
+
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x, weights):
+            scores = self.net(x)
+            return torch.stack([score * weight for score, weight in zip(scores, weights, strict=False)])
+
+    critic, (real, fake) = Weighted().double(), batch(4)
+    with pytest.raises(ValueError, match=r"in tensors with chunk_size, which cuts them, got a (list|ndarray) of 4"):
+        fused_gradient_penalty(critic, real, fake, critic_args=(make([1.0, 2.0, 3.0, 4.0]),), chunk_size=2)
+    fused_gradient_penalty(critic, real, fake, critic_args=((1.0, 2.0, 3.0, 4.0),), chunk_size=2)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    ours = fused_gradient_penalty(critic, real, fake, alpha=0.3, critic_args=(weights,), chunk_size=2)
+    truth = reference.fused_gradient_penalty(critic, real, fake, alpha=0.3, critic_args=(weights,))
+    assert_same(gradients(ours, critic.parameters()), gradients(truth, critic.parameters()))
 
 
 def test_looking_leaves_no_trace():

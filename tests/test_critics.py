@@ -458,7 +458,32 @@ class Scorer:
         return self.critic(x)
 
 
+class Indirect:
+    """Reaches the critic through methods and properties of its own, and keeps it in a slot."""
+
+    __slots__ = ("__weakref__", "critic", "generator")
+
+    def __init__(self, critic):
+        self.generator = nn.BatchNorm1d(4)
+        self.critic = critic
+
+    @property
+    def scored(self):
+        return self._scored_by_method
+
+    def _scored_by_method(self, x):
+        return self.critic(x)
+
+    def by_method(self, x):
+        return self._scored_by_method(x)
+
+    def by_property(self, x):
+        return self.scored(x)
+
+
 OWNERS = {
+    "a method that calls another": lambda critic: Indirect(critic).by_method,
+    "a method that takes a property": lambda critic: Indirect(critic).by_property,
     "a trainer's method": lambda critic: Trainer(critic).score,
     "a lambda over a trainer": lambda critic: Trainer(critic).as_lambda(),
     "a callable object": Scorer,
@@ -473,6 +498,7 @@ BATCH_NORMALISED = {
     "a partial of a bound method": (lambda: functools.partial(Scored().score), "net.1.0"),
     "a lambda over a closure": (lambda: (lambda net: lambda x: net(x))(with_batch_norm()), "1.0"),
     "a lambda over a global": (lambda: lambda x: GLOBAL_CRITIC(x), "1.0"),
+    "a lambda in a lambda over a global": (lambda: lambda x: (lambda y: GLOBAL_CRITIC(y))(x), "1.0"),
     "DataParallel": (lambda: nn.DataParallel(with_batch_norm()), "module.1.0"),
 }
 

@@ -431,6 +431,12 @@ KINKED = {
     "sort": (lambda x: x.sort(1).values, "Sort"), "topk": (lambda x: x.topk(2).values, "Topk"),
     "median": (lambda x: x.median(1, keepdim=True).values, "Median"),
     "round": (lambda x: x + x.round(), "Round"), "sign": (lambda x: x + x.sign(), "Sign"),
+    "copysign": (lambda x: torch.copysign(x, torch.ones(())), "Copysign"),
+    "1-distance": (lambda x: torch.cdist(x, torch.zeros(1, 6), 1), "Cdist of order 1"),
+    "scatter": (
+        lambda x: torch.zeros(len(x), 1).scatter_reduce(1, torch.zeros(x.shape, dtype=torch.long), x, "amax"),
+        "ScatterReduce with amax",
+    ),
     "1-norm": (lambda x: torch.linalg.vector_norm(x, 1, 1, keepdim=True), "LinalgVectorNorm of order 1"),
     "max-norm": (lambda x: torch.linalg.vector_norm(x, math.inf, 1, keepdim=True), "LinalgVectorNorm of order inf"),
     "max-pool": (lambda x: nn.functional.max_pool2d(x[:, None, None], (1, 2)).flatten(1), "MaxPool2DWithIndices"),
@@ -472,6 +478,23 @@ def test_kinks_are_refused_by_name(name):
 @pytest.mark.parametrize("layer", ROUNDED, ids=lambda layer: type(layer).__name__)
 def test_smooth_layers_are_not(layer):
     critic = Apply(layer)
+    critic(samples()[0])
+    fused_gradient_penalty(critic, *samples(), method="directional").backward()
+
+
+class Image(torch.Tensor):
+    pass
+
+
+def test_kinks_are_seen_in_samples_of_a_class_of_their_own():
+    critic, (real, fake) = Apply(nn.ReLU()), samples()
+    critic(real)
+    with pytest.raises(ValueError, match="needs a smooth critic, and found Relu"):
+        fused_gradient_penalty(critic, real.as_subclass(Image), fake.as_subclass(Image), method="directional")
+
+
+def test_scattered_means_are_smooth():
+    critic = Apply(lambda x: torch.zeros(len(x), 1).scatter_reduce(1, torch.zeros(x.shape, dtype=torch.long), x, "sum"))
     critic(samples()[0])
     fused_gradient_penalty(critic, *samples(), method="directional").backward()
 

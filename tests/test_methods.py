@@ -82,6 +82,11 @@ class MathAttention(nn.Module):
             return self.critic(x)
 
 
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
 class Conditional(nn.Module):
     def __init__(self):
         super().__init__()
@@ -365,6 +370,33 @@ def test_kernels_of_gpus_that_have_no_second_derivative(kind, method):
     words = "_cudnn_rnn_backward" if kind == "cuDNN" else "attention"
     with pytest.raises(ValueError, match=f"must differentiate the critic twice, and found .*{words}"):
         fused_gradient_penalty(critic, real, fake, method=method)
+
+
+def test_what_was_found_under_one_attention_says_nothing_of_another():
+    critic, samples = ViT(), [x.float() for x in images()]
+    with sdpa_kernel(SDPBackend.MATH):
+        for method in ("double_backward", "auto"):
+            fused_gradient_penalty(critic, *samples, method=method).backward()
+    with pytest.raises(ValueError, match=f"^{re.escape(ONCE.format(*FLASH))}$"):
+        fused_gradient_penalty(critic, *samples)
+    penalty = fused_gradient_penalty(critic, *samples, alpha=0.3, method="auto")
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = gradient_of(reference.fused_gradient_penalty(critic, *samples, alpha=0.3), critic)
+    assert ((gradient_of(penalty, critic) - truth).norm() / truth.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("how", [{"method": "auto"}, {"method": "compiled"}, {"chunk_size": 2}], ids=str)
+def test_a_look_that_ends_in_a_refusal_draws_no_numbers(how):
+    """Whoever catches it and goes another way has the numbers that the other way alone has."""
+    net = nn.Sequential(nn.Dropout(0.5), MinibatchStd(), nn.Linear(7, 1))
+    critic = net if "chunk_size" in how else nn.Sequential(Detached(), net)
+    real, fake = batch(6), batch(6)
+    torch.manual_seed(3)
+    with pytest.raises(ValueError, match="critic must"):
+        fused_gradient_penalty(critic.double(), real, fake, alpha=0.3, **how)
+    after = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.rand(3).equal(after)
 
 
 # Where "auto" finds double backward working.

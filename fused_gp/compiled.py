@@ -134,6 +134,12 @@ def _of_any_batch(tensor: Tensor, batch: int) -> Tensor:
 def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> None:
     """What the critic's own graph shows, before it is compiled: a compiled function cannot tell zero from nothing, and
     what stops its compiler is told by it in pages."""
+    for part in (part for module in findings.alive() for part in module.modules()):
+        if getattr(part, "sparse", False) is True:
+            raise ValueError(
+                "method='compiled' needs dense gradients, got a critic with "
+                f"{type(part).__name__}(sparse=True). {_INSTEAD}"
+            )
     leaves = [x.detach().requires_grad_() for x in points]
     # Parts that are compiled already are traced again with the rest, so look at them as they were before.
     with (

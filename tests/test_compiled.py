@@ -565,6 +565,23 @@ def test_buffers_changed_on_the_way(graphs, first):
         assert_exact_here(critic.eval(), *pair())
 
 
+def test_sparse_gradients(graphs):
+    """The compiler would say so in the backward."""
+
+    class Embedded(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            self.words, self.net = nn.Embedding(3, 4, sparse=sparse, dtype=torch.float64), mlp()
+
+        def forward(self, x, words):
+            return self.net(x * self.words(words))
+
+    words = torch.tensor([0, 1, 2, 0, 1])
+    fused_gradient_penalty(Embedded(False), *pair(5), critic_args=(words,), method="compiled").backward()
+    with pytest.raises(ValueError, match=r"needs dense gradients, got a critic with Embedding\(sparse=True\)"):
+        fused_gradient_penalty(Embedded(True), *pair(5), critic_args=(words,), method="compiled")
+
+
 def test_dropout_at_another_batch_size(graphs):
     """On the CPU torch cannot trace it for a batch of variable size. The message must not blame the critic as such."""
     critic = nn.Sequential(nn.Dropout(0.5), mlp())

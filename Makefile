@@ -34,14 +34,15 @@ bench: .venv/peers
 # The same on the device at hand. Needs torch and numpy, no network; where matplotlib is missing, the pictures wait for
 # `python -m benchmarks.report`.
 bench-gpu:
+	@$(PYTHON) -c 'import numpy, torch' || { echo "make bench-gpu needs them beside $(PYTHON)" >&2; exit 1; }
 	$(FROM_CHECKOUT) benchmarks --device cuda $(ARGS)
 
-# What launches cost the host, on a GPU that is not there.
+# These three only print; ARGS='--json FILE' keeps the numbers.
+# What launches cost the host, on a GPU that is not there. ARGS='--json benchmarks/results/host.json' keeps the numbers
+# that the page shows, and `python -m benchmarks.report` puts them there.
 bench-host: .venv/dev
-	$(BIN)/python -m benchmarks.host --json benchmarks/results/host.json $(ARGS)
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.host $(ARGS)
 
-# Printed; ARGS='--json FILE' keeps the numbers.
 bench-systems: .venv/dev
 	$(BIN)/python -m benchmarks.systems $(ARGS)
 

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 import triton
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import provenance, results, timing
+from benchmarks import provenance, results, terminal, timing
 from benchmarks.peers import snippet
 from fused_gp import gradient_norm_penalty, interpolate
 from fused_gp.kernels.null_device import Launch, null_device
@@ -123,14 +122,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300, help=f"of {STEPS} steps of each, per case")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, for a spread, got {options.rounds}")
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    about = provenance.provenance("cpu")
     rows: list[dict[str, Any]] = []
     for name, target in TARGETS.items():
         with null_device(target) as launches:
-            for case, step in track(cases(SHAPE).items(), f"timing {name}", transient=True):
-                rows.append({"target": name, "case": case, **measure(step, launches, options.rounds)})
+            jobs = [(f"{name}: {case}", (case, step)) for case, step in cases(SHAPE).items()]
+            for case, step in terminal.track(jobs):
+                rows.append({"target": name, "case": case, **measure(step, launches, options.rounds)} | about)
 
     title = f"host time at {SHAPE}, fp32, torch {torch.__version__}, triton {triton.__version__}"
     columns = ("target", "case", "launches", "ours, us", "bare, us", "snippet, us", "ours / snippet", "quartiles")
@@ -142,8 +145,7 @@ def main() -> None:
     Console().print(table)
     print("bare: Functions that do nothing, which autograd alone is paid for.")
     if options.json:
-        about = provenance.provenance("cpu")
-        results.save(options.json, [row | about for row in rows])
+        results.save(options.json, rows)
 
 
 if __name__ == "__main__":

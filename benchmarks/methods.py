@@ -20,7 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,12 +28,11 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import memory, timing
+from benchmarks import memory, provenance, terminal, timing
 from benchmarks.critics import ViT, dcgan
 from benchmarks.peers import snippet
 from fused_gp import fused_gradient_penalty
@@ -151,25 +150,26 @@ def measure(critic: str, device: str, rounds: int) -> list[dict[str, Any]]:
     contestants: dict[str, dict[str, Any] | None] = {PEER: None}
     contestants |= {label(options): options for options in CRITICS[critic].options}
     truth = truth_of(critic, device)
-    rows = {name: errors(critic, device, options, truth) for name, options in contestants.items()}  # and warms up
+
+    def each(stage: str) -> Iterator[str]:
+        return terminal.track([(f"{critic}: {stage}, {name}", name) for name in contestants])
+
+    rows = {name: errors(critic, device, contestants[name], truth) for name in each("error")}  # and warms up
     batch = CRITICS[critic].batch
     step = Step(critic, batch, device)
-    for options in contestants.values():
-        step(options)
+    for name in each("first call"):
+        step(contestants[name])
     names = list(contestants)
     order = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     faults: dict[str, list[int]] = {name: [] for name in names}
-    for _ in track(range(rounds), f"timing {critic}", transient=True):
+    for _ in terminal.track([(f"{critic}: a round of all", None)] * rounds):
         order.shuffle(names)
         for name in names:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             times[name].append(timing.seconds(partial(step, contestants[name]), device))
             faults[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    peaks = {
-        name: peak(critic, batch, options, device)
-        for name, options in track(list(contestants.items()), "memory", transient=True)
-    }
+    peaks = {name: peak(critic, batch, contestants[name], device) for name in each("memory")}
     return [
         {
             "critic": critic, "batch": batch, "method": name, "rounds": rounds,
@@ -181,28 +181,35 @@ def measure(critic: str, device: str, rounds: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def memory_against_batch(device: str) -> list[dict[str, Any]]:
+    jobs = [(f"vit: memory, {label(options)}, batch {batch}", (options, batch)) for options, batch in GROWTH]
+    return [
+        {"critic": "vit", "method": label(options), "batch": batch, "peak_mb": peak("vit", batch, options, device)}
+        for options, batch in terminal.track(jobs)
+    ]
+
+
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--critic", choices=CRITICS, help="one of them")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     parser.add_argument("--peak-of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rounds < 2:
-        parser.error("--rounds must be at least 2, for a spread")
+        parser.error(f"--rounds must be at least 2, for a spread, got {options.rounds}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA or ROCm device, and torch finds none")
     if options.peak_of:
         print(peak_here(options.peak_of))
         return
 
-    results = []
-    for critic in [options.critic] if options.critic else CRITICS:
-        results += measure(critic, options.device, options.rounds)
-    growth: list[dict[str, Any]] = [
-        {"critic": "vit", "method": label(given), "batch": batch, "peak_mb": peak("vit", batch, given, options.device)}
-        for given, batch in track(GROWTH, "memory against batch", transient=True)
-    ]
+    about = provenance.provenance(options.device)
+    chosen = [options.critic] if options.critic else list(CRITICS)
+    results = [row | about for critic in chosen for row in measure(critic, options.device, options.rounds)]
+    growth = [row | about for row in memory_against_batch(options.device)] if "vit" in chosen else []
 
     threads = torch.get_num_threads()
     title = f"a penalty step, fp32 on {options.device}, torch {torch.__version__}, {threads} threads"
@@ -220,10 +227,11 @@ def main() -> None:
                 f"{row['error']:.1e}", f"{row['bf16_error']:.1e}",
             )  # fmt: skip
         console.print(table)
-    table = Table("ViT, method", "batch", "peak MB", title="memory against batch")
-    for row in growth:
-        table.add_row(row["method"], str(row["batch"]), f"{row['peak_mb']:.0f}")
-    console.print(table)
+    if growth:
+        table = Table("ViT, method", "batch", "peak MB", title="memory against batch")
+        for row in growth:
+            table.add_row(row["method"], str(row["batch"]), f"{row['peak_mb']:.0f}")
+        console.print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"title": title, "results": results, "growth": growth}, indent=1))

@@ -78,6 +78,7 @@ def main() -> None:
         budget = QUICK_BUDGET if options.quick else BUDGET
         rows = run(chosen, options.device, budget, options.rounds, unfinished)
     results.save(path, rows)
+    path.with_suffix(".png").unlink(missing_ok=True)  # the picture of another run
     unfinished.unlink()
     terminal.show(tables.tables(results.load(path)))
     print(f"rows: {path}")

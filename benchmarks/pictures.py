@@ -24,13 +24,16 @@ COLOURS = {OURS: "#d1495b", COMPILED: "#8c1c13", COPIES: "#000000"} | {
 }
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Whether any of the rows are such that a picture shows."""
     every = contests(rows)
     one = [
         contest for contest in every if contest.dtype == "float32" and (contest.group != "op" or contest.name == BOTH)
     ]
     ops = [contest for contest in one if contest.group == "op"]
     calls = [contest for contest in one if contest.group != "op"]
+    if not one:
+        return False
     remembered = [contest for contest in every if any("peak_mb" in row for row in contest.rows.values())]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
@@ -51,6 +54,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             peaks(axes, contest)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+    return True
 
 
 def ratios(axes: Axes, some: list[Contest], title: str) -> None:

@@ -157,8 +157,10 @@ def draw(path: Path) -> None:
         return
     from benchmarks import pictures
 
-    pictures.draw(results.load(path), path.with_suffix(".png"))
-    print(f"pictures: {path.with_suffix('.png')}")
+    if pictures.draw(results.load(path), path.with_suffix(".png")):
+        print(f"pictures: {path.with_suffix('.png')}")
+    else:
+        print("no pictures: they are of fp32, of the two ops together and of critics")
 
 
 def write() -> None:

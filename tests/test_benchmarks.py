@@ -306,3 +306,28 @@ def test_a_machine_without_extras_still_measures(tmp_path):
     )
     assert "no pictures: matplotlib is missing" in done.stdout
     assert len(results.load(tmp_path / "cpu.json")) == 6
+
+
+def test_where_there_is_nothing_to_draw_no_picture_is_left(rows, tmp_path, monkeypatch, capsys):
+    """`--only 'penalty, forward'`: neither the two ops together nor a critic."""
+    pytest.importorskip("matplotlib")
+
+    def run(chosen, device, budget, rounds, unfinished):
+        results.save(unfinished, [])
+        return [row | {"case": "penalty, forward"} for row in rows]
+
+    monkeypatch.setattr(main, "run", run)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # and what it was is put back
+    words = ["benchmarks", "--only", "penalty, forward (64, 784)", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    (tmp_path / "cpu.png").write_bytes(b"an older run's")
+    main.main()
+    assert "no pictures: " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
+
+
+def test_the_two_ops_together_are_drawn(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    results.save(tmp_path / "cpu.json", rows)
+    report.draw(tmp_path / "cpu.json")
+    assert (tmp_path / "cpu.png").exists()

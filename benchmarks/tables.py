@@ -66,8 +66,18 @@ def milliseconds(value: float) -> str:
 
 
 def interval(found: list[float]) -> str:
-    value, low, high = found
-    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+    value, low, high = map(ratio, found)
+    return f"{value} ({low} to {high})"
+
+
+def ratio(value: float) -> str:
+    """To two decimals, or to as many as tell on which side of 1 it is, and small ones from one another."""
+    if value < 0.1:
+        return f"{value:#.3g}"
+    digits = 2
+    while value != 1 and float(f"{value:.{digits}f}") == 1 and digits < 4:
+        digits += 1
+    return f"{value:.{digits}f}"
 
 
 def tables(rows: list[Row]) -> list[Table]:

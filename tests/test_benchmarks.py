@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,8 +32,10 @@ from benchmarks import (
 )
 from benchmarks.cases import cases, quick
 from benchmarks.ops import BOTH, OpCase
-from benchmarks.ours import OURS, ours
+from benchmarks.ours import COMPILED, OURS, ours
 from benchmarks.peers import PEERS, Absent, ctgan, snippet
+from benchmarks.penalty import TWO_OPS
+from benchmarks.training import NO_PENALTY
 
 SMALL = OpCase(BOTH, (8, 12))
 
@@ -216,10 +219,66 @@ def test_what_changed_beyond_noise(rows, tmp_path, monkeypatch, before, after, s
     assert compare.main() == (said == "worse")
 
 
-def test_times_of_other_machines_are_not_compared(rows):
-    slower = rows[0] | {"ms": [9.0 * ms for ms in rows[0]["ms"]]}
-    assert [change.what for change in compare.changes([rows[0]], [slower])] == ["ms"]
-    assert not list(compare.changes([rows[0]], [slower | {"machine": "another"}]))
+@pytest.mark.parametrize("what", ["over fused_gp", "device, over fused_gp"])
+@pytest.mark.parametrize(
+    ("contestant", "rises", "decides"),
+    [
+        *((peer, "better", True) for peer in PEERS),
+        (COMPILED, "worse", False),
+        ("fused_gp, chunks of 4", "worse", False),
+        ("fused_gp, directional", "worse", False),
+        (TWO_OPS, "worse", False),
+        (NO_PENALTY, "better", False),  # the penalty is a smaller share
+        (bandwidth.COPIES, "better", False),
+    ],
+)
+def test_which_way_a_ratio_is_better(rows, tmp_path, monkeypatch, contestant, rises, decides, what):
+    """A row's ratio is its contestant's time over ours: of a peer more is better, of one of ours less."""
+    low, high = ([rows[0] | {"contestant": contestant, what: [at, at, at]}] for at in (0.5, 0.6))
+    for before, after, said in ((low, high, rises), (high, low, "worse" if rises == "better" else "better")):
+        (change,) = compare.changes(before, after)
+        assert ("better" if change.better else "worse") == said
+        files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+        for path, found in zip(files, (before, after), strict=True):
+            results.save(Path(path), found)
+        monkeypatch.setattr(sys, "argv", ["compare", *files])
+        assert compare.main() == (decides and said == "worse")
+
+
+@pytest.mark.parametrize(("contestant", "compared"), [(tables.COMPILED_PEER, True), ("snippet", False), (OURS, False)])
+def test_only_the_compiled_peer_is_compared_with_ours_compiled(rows, contestant, compared):
+    """Or one change of our compiled call is listed once for every contestant."""
+    before, after = (rows[0] | {"contestant": contestant, "over fused_gp, compiled": [at, at, at]} for at in (1.2, 1.0))
+    assert [(change.better, change.decides) for change in compare.changes([before], [after])] == (
+        [(False, True)] if compared else []
+    )
+
+
+def test_times_are_not_compared(rows):
+    slower = {"ms": [9.0 * ms for ms in rows[1]["ms"]], "host_ms": [9.0] * 3, "device_ms": [9.0] * 3}
+    assert not list(compare.changes([rows[1] | {"host_ms": [1.0] * 3, "device_ms": [1.0] * 3}], [rows[1] | slower]))
+
+
+@pytest.mark.parametrize(("contestant", "decides"), [(OURS, True), (COMPILED, True), ("snippet", False)])
+def test_peak_memory_is_compared_on_one_machine(rows, contestant, decides):
+    before, after = (rows[0] | {"contestant": contestant, "peak_mb": peak} for peak in (50.0, 60.0))
+    (change,) = compare.changes([before], [after])
+    assert (change.what, change.better, change.decides) == ("peak_mb", False, decides)
+    (change,) = compare.changes([after], [before])
+    assert change.better
+    assert not list(compare.changes([before], [after | {"machine": "another"}]))
+    assert list(compare.changes([before | {"peak_mb": 0.0}], [after]))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.5, "0.50"), (13.84, "13.84"), (1.0, "1.00"), (0.9967, "0.997"), (1.0042, "1.004"), (0.9996, "0.9996"),
+        (0.99999, "1.0000"), (0.004266, "0.00427"), (0.09, "0.0900"),
+    ],
+)  # fmt: skip
+def test_ratios_have_the_digits_that_matter(value, shown):
+    assert tables.ratio(value) == shown
 
 
 def test_who_is_timed_in_one_of_two_runs_only_is_told(rows):

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from benchmarks import results, terminal
 from benchmarks.ours import COMPILED, OURS
-from benchmarks.peers import PEERS
+from benchmarks.peers import COMPILED_CALL, PEERS
 from benchmarks.penalty import TWO_OPS
-from benchmarks.tables import COMPILED_PEER, Table, interval, milliseconds, shape
+from benchmarks.tables import Table, interval, milliseconds, shape
 
 LEAST = 0.05
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ def changes(first: list[Row], second: list[Row]) -> Iterator[Change]:
 
 def _compared(what: str, row: Row, old: Row) -> bool:
     if what.endswith(f"over {COMPILED}"):
-        return bool(row["contestant"] == COMPILED_PEER)
+        return bool(row["contestant"] == COMPILED_CALL)
     return _ratio(what) or (what == "peak_mb" and row["machine"] == old["machine"])
 
 

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 from benchmarks.bandwidth import COPIES
 from benchmarks.ops import BOTH
 from benchmarks.ours import COMPILED, OURS
-from benchmarks.peers import PEERS
+from benchmarks.peers import COMPILED_CALL, COMPILED_OPS, PEERS, peers_of_calls, peers_of_ops
 from benchmarks.penalty import TWO_OPS
 from benchmarks.training import NO_PENALTY
 
 Row = dict[str, Any]
-COMPILED_PEER = "torch.func, compiled"
 
 
 class Table(NamedTuple):
@@ -87,7 +86,7 @@ def tables(rows: list[Row]) -> list[Table]:
 
 
 def both(every: list[Contest]) -> Table:
-    peers = [name for name in PEERS if name not in ("torch.func", "ctgan")]
+    peers = list(peers_of_ops())
     rows = []
     for contest in every:
         if contest.group == "op" and contest.name == BOTH:
@@ -114,7 +113,7 @@ def roof(contest: Contest) -> list[str]:
 
 
 def ops(every: list[Contest]) -> Table:
-    peers = [name for name in PEERS if name not in ("torch.func", COMPILED_PEER, "ctgan")]
+    peers = [name for name in peers_of_ops() if name != COMPILED_OPS]
     rows = [
         [
             contest.name,
@@ -134,12 +133,12 @@ def ops(every: list[Contest]) -> Table:
 
 
 def penalty(every: list[Contest]) -> Table:
-    peers = [name for name in PEERS if name != COMPILED_PEER]
+    peers = [name for name in peers_of_calls(2) if name != COMPILED_CALL]
     rows = [
         [
             contest.name, shape(contest.shape), contest.dtype, contest.time(OURS),
             *(contest.ratio(name) for name in peers),
-            contest.time(COMPILED), contest.ratio(COMPILED_PEER, over=COMPILED), contest.ratio(COMPILED_PEER),
+            contest.time(COMPILED), contest.ratio(COMPILED_CALL, over=COMPILED), contest.ratio(COMPILED_CALL),
             contest.share(TWO_OPS),
         ]
         for contest in every
@@ -149,17 +148,17 @@ def penalty(every: list[Contest]) -> Table:
         "The whole penalty: the call with a critic, and its backward to the weights",
         "Time of each peer divided by ours; compiled against compiled, and against the plain call. The last column is "
         "how much of our time the two ops take: more than that no fusing of theirs could win.",
-        ["critic", "shape", "type", "ours, ms", *peers, "ours compiled, ms", f"{COMPILED_PEER}, over ours compiled",
-         f"{COMPILED_PEER}, over ours", "the two ops"], rows,
+        ["critic", "shape", "type", "ours, ms", *peers, "ours compiled, ms", f"{COMPILED_CALL}, over ours compiled",
+         f"{COMPILED_CALL}, over ours", "the two ops"], rows,
     )  # fmt: skip
 
 
 def training(every: list[Contest]) -> Table:
-    peers = [name for name in PEERS if name != COMPILED_PEER]
+    peers = [name for name in peers_of_calls(2) if name != COMPILED_CALL]
     rows = [
         [
             contest.name, shape(contest.shape), contest.time(OURS), *(contest.ratio(name) for name in peers),
-            contest.time(COMPILED), contest.ratio(COMPILED_PEER, over=COMPILED),
+            contest.time(COMPILED), contest.ratio(COMPILED_CALL, over=COMPILED),
             contest.share(NO_PENALTY, less=True), contest.share(TWO_OPS),
         ]
         for contest in every
@@ -168,7 +167,7 @@ def training(every: list[Contest]) -> Table:
     return Table(
         "A whole WGAN-GP training step: five updates of the critic and one of the generator",
         "The last two columns: how much of the step the penalty takes, and how much of it the two ops.",
-        ["networks", "shape", "ours, ms", *peers, "ours compiled, ms", f"{COMPILED_PEER}, over ours compiled",
+        ["networks", "shape", "ours, ms", *peers, "ours compiled, ms", f"{COMPILED_CALL}, over ours compiled",
          "the penalty", "the two ops"], rows,
     )  # fmt: skip
 
@@ -214,7 +213,7 @@ def lost(every: list[Contest]) -> Iterator[Loss]:
     for contest in every:
         for peer in PEERS:
             row = contest.rows.get(peer, {})
-            over = COMPILED if peer == COMPILED_PEER and COMPILED in contest.rows else OURS
+            over = COMPILED if peer == COMPILED_CALL and COMPILED in contest.rows else OURS
             found = row.get(f"over {over}")
             if found is not None and found[2] < 1:
                 yield Loss(contest, peer, over, found)

@@ -10,6 +10,7 @@ import sys
 import time
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from benchmarks import (
 from benchmarks.cases import cases, quick
 from benchmarks.ops import BOTH, OpCase
 from benchmarks.ours import COMPILED, OURS, ours
-from benchmarks.peers import PEERS, Absent, ctgan, snippet
+from benchmarks.peers import COMPILED_CALL, COMPILED_OPS, PEERS, Absent, ctgan, snippet
 from benchmarks.penalty import TWO_OPS
 from benchmarks.training import NO_PENALTY
 
@@ -197,6 +198,29 @@ def test_rows_survive_the_file(rows, tmp_path):
     assert again[0]["ms"] == pytest.approx(rows[0]["ms"], rel=1e-3)
 
 
+def test_the_snippets_ops_compiled_are_called_so(tmp_path):
+    """In older runs too, where they were called as the compiled call is."""
+    for case in cases("cpu"):
+        compiled = {name for name in case.everybody() if "compiled" in name and not name.startswith(OURS)}
+        assert compiled == ({COMPILED_CALL} if case.group != "op" else {COMPILED_OPS} if case.name == BOTH else set())
+    results.save(tmp_path / "old.json", [{"group": group, "contestant": COMPILED_CALL} for group in ("op", "penalty")])
+    assert [row["contestant"] for row in results.load(tmp_path / "old.json")] == [COMPILED_OPS, COMPILED_CALL]
+
+
+@pytest.mark.parametrize("contestant", [COMPILED_CALL, COMPILED_OPS])
+def test_tables_and_pictures_know_both_names(rows, tmp_path, contestant):
+    path = tmp_path / "cpu.json"
+    results.save(path, [*rows, rows[1] | {"contestant": contestant, "over fused_gp": [0.5, 0.4, 0.6], "peak_mb": 1.0}])
+    found = results.load(path)
+    page = report.page(found, [], [])
+    assert "snippet, compiled over fused_gp | 0.50 (0.40 to 0.60)" in page
+    assert COMPILED_CALL not in page
+    assert "| snippet, compiled | 0.50 (0.40 to 0.60) |" in report.numbers(found, [])
+    if find_spec("matplotlib"):
+        report.draw(path)
+        assert path.with_suffix(".png").exists()
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -245,7 +269,7 @@ def test_which_way_a_ratio_is_better(rows, tmp_path, monkeypatch, contestant, ri
         assert compare.main() == (decides and said == "worse")
 
 
-@pytest.mark.parametrize(("contestant", "compared"), [(tables.COMPILED_PEER, True), ("snippet", False), (OURS, False)])
+@pytest.mark.parametrize(("contestant", "compared"), [(COMPILED_CALL, True), ("snippet", False), (OURS, False)])
 def test_only_the_compiled_peer_is_compared_with_ours_compiled(rows, contestant, compared):
     """Or one change of our compiled call is listed once for every contestant."""
     before, after = (rows[0] | {"contestant": contestant, "over fused_gp, compiled": [at, at, at]} for at in (1.2, 1.0))

@@ -9,7 +9,7 @@ from benchmarks.ops import BOTH
 from benchmarks.ours import COMPILED, OURS
 from benchmarks.peers import COMPILED_CALL, COMPILED_OPS, PEERS, peers_of_calls, peers_of_ops
 from benchmarks.penalty import TWO_OPS
-from benchmarks.training import NO_PENALTY
+from benchmarks.training import CRITIC_UPDATES, NO_PENALTY
 
 Row = dict[str, Any]
 
@@ -209,7 +209,7 @@ class Loss(NamedTuple):
 
 
 def lost(every: list[Contest]) -> Iterator[Loss]:
-    """Where a peer's whole interval is on the other side of 1: compiled against compiled, where ours was too."""
+    """Where a peer's whole interval is on the other side of 1: compiled against compiled, where ours was timed too."""
     for contest in every:
         for peer in PEERS:
             row = contest.rows.get(peer, {})
@@ -226,23 +226,28 @@ def losses(every: list[Contest]) -> Table:
     ]
     return Table(
         "Where a peer wins",
-        "Every case in which the whole interval of a peer's ratio lies below 1, the largest loss first.",
+        "Every case in which the whole interval of a peer's ratio lies below 1, the largest loss first. A "
+        "compiled call is held to ours compiled, where that was timed, and everything else to our plain call.",
         ["what", "case", "peer", "ratio", "why"], rows,
     )  # fmt: skip
 
 
 SMALL = 2**17  # elements, of 4 bytes: in cache, and too few to divide among threads
-SHORT = 20.0  # ms: a step that takes longer is the critic's
+SHORT = 20.0  # ms: a penalty that takes longer is the critic's
 IN_CACHE = 2**22  # elements: several such tensors stay in a cache of 32 MB or more
+NEAR = 0.95  # of an interval's upper end: what memory and chance can make of equal work
 
 
 def why(loss: Loss) -> str:
+    """As found on a CPU; of a GPU nothing is known yet."""
+    if loss.contest.rows[OURS]["device"] != "cpu":
+        return "not known"
     if loss.contest.dtype in ("float16", "bfloat16"):
         return (
             "half types: ours computes in fp32 and rounds once, by fp32 copies of blocks; eager peers round every "
             "result to the half type, and a compiled one needs no copies"
         )
-    if prod(loss.contest.shape) < SMALL and loss.contest.rows[OURS]["ms"][0] < SHORT:
+    if prod(loss.contest.shape) < SMALL and _one_penalty(loss.contest) < SHORT:
         return (
             "small: a step is Python and the calls of small operations, and ours checks its arguments and chooses "
             "backend and method before it does the same"
@@ -257,7 +262,30 @@ def why(loss: Loss) -> str:
             "norms of chunks of 4096 elements first: the norm of a long row at once adds up in a few fp32 lanes, and "
             "is off by 1e-4 where a row is 200,000 equal numbers"
         )
+    if _same_work(loss) and loss.found[2] > NEAR:
+        return (
+            "equal: both run the same operations, but for less than a hundredth of the time; of the intervals of "
+            "equals one in forty lies below 1"
+        )
     return "not known"
+
+
+def _one_penalty(contest: Contest) -> float:
+    """Milliseconds of ours in which arguments are checked once."""
+    ms = float(contest.rows[OURS]["ms"][0])
+    if contest.group != "training step":
+        return ms
+    return ms * (1 - float(contest.rows[NO_PENALTY][f"over {OURS}"][0])) / CRITIC_UPDATES
+
+
+def _same_work(loss: Loss) -> bool:
+    """Eager forms call the same operations of a critic, beside a large one of which the two ops are next to nothing;
+    and on a CPU the interpolation of fp32 is one lerp, as tidy's is.
+    """
+    if loss.contest.group == "op":
+        return loss.contest.name == "interpolation, forward" and loss.peer == "tidy"
+    ops = loss.contest.rows.get(TWO_OPS, {}).get(f"over {OURS}")
+    return loss.peer != COMPILED_CALL and ops is not None and ops[0] < 0.01
 
 
 def absences(every: list[Contest]) -> Table:

@@ -326,6 +326,50 @@ def test_losses_are_told(rows):
     assert "snippet over fused_gp | 0.90 (0.80 to 0.99)" in page
 
 
+def test_a_loss_says_who_is_held_to_whom_and_is_not_rounded_away(rows):
+    """An interval that ends below 1 is not shown as one that ends there."""
+    table = tables.losses(tables.contests([rows[0], rows[1] | {"over fused_gp": [0.98, 0.95, 0.9982]}]))
+    assert table.rows[0][3] == "0.98 (0.95 to 0.998)"
+    assert "A compiled call is held to ours compiled" in table.note
+
+
+LARGE = {"shape": [64, 3, 256, 256], "over fused_gp": [0.98, 0.95, 0.998]}
+VIT = {"group": "penalty", "case": "ViT", "shape": [4, 3, 64, 64], "ms": [170.0, 165.0, 180.0]}
+STEP = {"group": "training step", "case": "MLP", "shape": [256, 2], "ms": [147.0, 146.0, 149.0]}
+
+
+@pytest.mark.parametrize(
+    ("row", "peer", "reason"),
+    [
+        (LARGE | {"case": "interpolation, forward"}, "tidy", "equal: both run the same operations"),
+        (LARGE | {"case": "interpolation, forward"}, "TF-GAN", "not known"),
+        (LARGE | {"case": "interpolation, forward", "over fused_gp": [0.7, 0.6, 0.8]}, "tidy", "not known"),
+        (LARGE | {"case": "interpolation, forward", "device": "cuda"}, "tidy", "not known"),
+        (LARGE | VIT, "torch.func", "equal: both run the same operations"),
+        (LARGE | VIT, COMPILED_CALL, "not known"),
+        (LARGE | STEP, "snippet", "small: "),
+        (LARGE | STEP | {"ms": [522.0, 470.0, 530.0]}, "snippet", "equal: both run the same operations"),
+    ],
+)
+def test_why_a_peer_wins(rows, row, peer, reason):
+    row = rows[0] | row
+    found = [
+        row | {"contestant": contestant, "over fused_gp": ratio}
+        for contestant, ratio in ((TWO_OPS, [0.004] * 3), (NO_PENALTY, [0.57] * 3), (peer, row["over fused_gp"]))
+    ]
+    (loss,) = tables.lost(tables.contests([row | {"contestant": OURS}, *found]))
+    assert tables.why(loss).startswith(reason)
+
+
+def test_first_calls_of_training_steps_are_not_told(rows):
+    """They find the graphs of the penalties before them."""
+    penalty, step = (rows[0] | {"group": group, "contestant": COMPILED} for group in ("penalty", "training step"))
+    said = report.first_calls([penalty, step])
+    assert "| penalty |" in said
+    assert "| training step |" not in said
+    assert "Each run begins with an empty cache" in said
+
+
 def test_the_page_is_made_of_the_committed_runs():
     cpu, cuda, host = (results.committed(name) for name in ("cpu", "cuda", "host"))
     assert report.PAGE.read_text() == report.page(cpu, cuda, host), "python -m benchmarks.report writes it"

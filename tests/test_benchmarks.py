@@ -458,3 +458,19 @@ def test_the_two_ops_together_are_drawn(rows, tmp_path):
     results.save(tmp_path / "cpu.json", rows)
     report.draw(tmp_path / "cpu.json")
     assert (tmp_path / "cpu.png").exists()
+
+
+def test_the_documented_command_of_regressions_runs():
+    """Of one case: `case` must be among the parameters that pytest-benchmark can group by."""
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import test_speed
+
+    command = next(line for line in test_speed.__doc__.splitlines() if "--benchmark-autosave" in line)
+    words = [word for word in command.split("-m ")[1].split() if word != "--benchmark-autosave"]
+    chosen = ["-k", "interpolation and forward and float32 and tidy and not penalty", "--benchmark-max-time=0.01"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, *chosen, "-p", "no:cacheprovider", "-p", "no:xdist"],
+        check=False, capture_output=True, text=True, cwd=report.ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "case=op: interpolation, forward" in done.stdout

@@ -81,8 +81,12 @@ def _ratio(what: str) -> bool:
     return what.removeprefix("device, ").startswith("over ")
 
 
+def _case(row: Row) -> tuple[Any, ...]:
+    return row["group"], row["case"], tuple(row["shape"]), row["dtype"], row["device"]
+
+
 def _key(row: Row) -> tuple[Any, ...]:
-    return row["group"], row["case"], tuple(row["shape"]), row["dtype"], row["device"], row["contestant"]
+    return *_case(row), row["contestant"]
 
 
 def _timed(rows: list[Row]) -> set[str]:
@@ -108,13 +112,28 @@ def table(found: list[Change], first: list[Row], second: list[Row]) -> Table:
     return Table("Changes beyond noise", note, ["case", "what", "before", "after", ""], rows)
 
 
+def run(text: str) -> list[Row]:
+    """The rows of a file; argparse says what is wrong with it."""
+    try:
+        rows = results.load(Path(text))
+        for row in rows:
+            _key(row), row["machine"]  # what `changes` reads of every row
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} has no rows as `python -m benchmarks` writes them") from error
+    return rows
+
+
 def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("first", type=Path, metavar="A.json")
-    parser.add_argument("second", type=Path, metavar="B.json")
+    parser.add_argument("first", type=run, metavar="A.json")
+    parser.add_argument("second", type=run, metavar="B.json")
     options = parser.parse_args()
-    first, second = results.load(options.first), results.load(options.second)
+    first, second = options.first, options.second
+    if not {_case(row) for row in first} & {_case(row) for row in second}:
+        parser.error("the two runs share no case on the same kind of device")
     found = list(changes(first, second))
     terminal.show([table(found, first, second)])
     return int(any(change.decides and not change.better for change in found))

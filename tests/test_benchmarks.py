@@ -474,3 +474,48 @@ def test_the_documented_command_of_regressions_runs():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "case=op: interpolation, forward" in done.stdout
+
+
+@pytest.mark.parametrize("rounds", ["5", "0", "-1"])
+def test_too_few_rounds_are_refused_before_anything_is_measured(monkeypatch, capsys, rounds):
+    monkeypatch.setattr(main, "run", None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--rounds", rounds])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert f"--rounds must be 6 or more, which an interval needs, got {rounds}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file or directory"),
+        ("nonsense", "has no rows as `python -m benchmarks` writes them"),
+        ("[1]", "has no rows"),
+        ('{"rows": {}}', "has no rows"),
+        ('{"rows": ["a"]}', "has no rows"),
+        ('{"rows": [{"group": "op"}]}', "has no rows"),
+        ((results.COMMITTED / "cpu_methods.json").read_text(), "has no rows"),
+        ((results.COMMITTED / "host.json").read_text(), "has no rows"),
+    ],
+)
+def test_a_file_that_is_no_run_is_named(rows, tmp_path, monkeypatch, capsys, text, said):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    results.save(good, rows)
+    if text is not None:
+        bad.write_text(text)
+    for files in ((good, bad), (bad, good)):
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+        with pytest.raises(SystemExit, match="2"):
+            compare.main()
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert str(bad) in error
+        assert said in error
+
+
+def test_runs_of_other_cases_are_not_said_to_be_the_same(rows, tmp_path, monkeypatch, capsys):
+    for name, change in (("a", {}), ("b", {"shape": [3, 5]})):
+        results.save(tmp_path / f"{name}.json", [row | change for row in rows])
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    with pytest.raises(SystemExit, match="2"):
+        compare.main()
+    assert "the two runs share no case" in capsys.readouterr().err

@@ -100,6 +100,8 @@ def main() -> None:
     path.with_suffix(".png").unlink(missing_ok=True)  # the picture of another run
     unfinished.unlink()
     terminal.show(tables.tables(results.load(path)))
+    if options.quick:
+        print("--quick leaves out what has to be compiled: ours and the peers' under torch.compile")
     print(f"rows: {path}")
     report.draw(path)
     if folder == results.COMMITTED:

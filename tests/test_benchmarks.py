@@ -28,6 +28,7 @@ from benchmarks import (
     report,
     results,
     tables,
+    terminal,
     timing,
     traffic,
 )
@@ -468,9 +469,10 @@ def test_the_documented_command_of_regressions_runs():
     command = next(line for line in test_speed.__doc__.splitlines() if "--benchmark-autosave" in line)
     words = [word for word in command.split("-m ")[1].split() if word != "--benchmark-autosave"]
     chosen = ["-k", "interpolation and forward and float32 and tidy and not penalty", "--benchmark-max-time=0.01"]
+    environment = {key: value for key, value in os.environ.items() if "XDIST" not in key}  # or it times nothing
     done = subprocess.run(
         [sys.executable, "-m", *words, *chosen, "-p", "no:cacheprovider", "-p", "no:xdist"],
-        check=False, capture_output=True, text=True, cwd=report.ROOT,
+        check=False, capture_output=True, text=True, cwd=report.ROOT, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "case=op: interpolation, forward" in done.stdout
@@ -519,3 +521,56 @@ def test_runs_of_other_cases_are_not_said_to_be_the_same(rows, tmp_path, monkeyp
     with pytest.raises(SystemExit, match="2"):
         compare.main()
     assert "the two runs share no case" in capsys.readouterr().err
+
+
+def shown(every, monkeypatch, capsys, columns=120):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal.show(every)
+    return capsys.readouterr().out
+
+
+def test_a_narrow_table_shows_intervals_and_a_wide_one_marks(rows, monkeypatch, capsys):
+    narrow = tables.Table("T", "A note.", ["case", "ratio"], [["a", "1.05 (0.90 to 1.20)"]])
+    out = shown([narrow], monkeypatch, capsys)
+    assert "1.05 (0.90 to 1.20)" in out
+    assert terminal.EXPLANATION not in out
+    cells = ["1.05 (0.90 to 1.20)", "2.00 (1.70 to 2.20)", "2.00 (1.90 to 2.20)", "0.00427 (0.00420 to 0.00430)"]
+    wide = narrow._replace(headings=["a heading"] * 8, rows=[cells * 2])
+    out = " ".join(shown([wide], monkeypatch, capsys).split())
+    assert "1.05~ 2.00~ 2.00 0.00427 " in out
+    assert f"A note. {terminal.EXPLANATION}" in out
+
+
+def test_nothing_is_cut_at_120_columns(monkeypatch, capsys):
+    """Of the committed run: every heading and every cell is there, over one line or more."""
+    for table in tables.tables(results.committed("cpu")):
+        out = shown([table], monkeypatch, capsys)
+        assert "\N{HORIZONTAL ELLIPSIS}" not in out
+        assert max(map(len, out.splitlines())) <= 120
+        fitted = terminal.fit(terminal.filled(table), 120)
+        for at, width in enumerate(terminal.widths(fitted, 120)):
+            assert all(len(word) <= width for row in fitted.rows for word in row[at].split())
+        cells = [fitted.title, fitted.note, *fitted.headings, *(cell for row in fitted.rows for cell in row)]
+        letters = "".join(out.split()).replace("\N{BOX DRAWINGS LIGHT HORIZONTAL}", "")
+        assert sorted(letters) == sorted("".join("".join(cells).split()))
+
+
+def test_columns_of_nothing_are_left_out_and_markup_is_not_read(monkeypatch, capsys):
+    table = tables.Table("T", "", ["a", "empty", "b"], [["pip install '.[peers]'", "", "2"]])
+    out = shown([table], monkeypatch, capsys)
+    assert "'.[peers]'" in out
+    assert "empty" not in out
+    assert "before" in shown([compare.table([], [], [])], monkeypatch, capsys)  # headings of no rows stay
+
+
+def test_a_quick_run_says_what_it_leaves_out(rows, tmp_path, monkeypatch, capsys):
+    def run(chosen, device, budget, rounds, unfinished):
+        results.save(unfinished, [])
+        return rows
+
+    monkeypatch.setattr(main, "run", run)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--out", str(tmp_path)])
+    main.main()
+    assert "--quick leaves out what has to be compiled" in capsys.readouterr().out

@@ -15,7 +15,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import bandwidth, cases, footprint, measure, provenance, report, results, tables, terminal
+from benchmarks import (
+    bandwidth,
+    cases,
+    footprint,
+    intervals,
+    measure,
+    provenance,
+    report,
+    results,
+    tables,
+    terminal,
+    timing,
+)
 from benchmarks.case import Case
 from benchmarks.penalty import TWO_OPS
 
@@ -59,9 +71,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="a few cases, and nothing that has to be compiled")
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--rounds", type=int, help="turns of each contestant (default: 9 to 101, by time)")
+    least, most = timing.ROUNDS
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help=f"turns of each contestant, {intervals.LEAST} or more (default: {least} to {most}, by time)",
+    )
     parser.add_argument("--out", type=Path, help="where JSON and pictures go")
     options = parser.parse_args()
+    if options.rounds is not None and options.rounds < intervals.LEAST:
+        parser.error(f"--rounds must be {intervals.LEAST} or more, which an interval needs, got {options.rounds}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA or ROCm device, and torch finds none")
     every = (cases.quick if options.quick else cases.cases)(options.device)
@@ -78,8 +97,11 @@ def main() -> None:
         budget = QUICK_BUDGET if options.quick else BUDGET
         rows = run(chosen, options.device, budget, options.rounds, unfinished)
     results.save(path, rows)
+    path.with_suffix(".png").unlink(missing_ok=True)  # the picture of another run
     unfinished.unlink()
     terminal.show(tables.tables(results.load(path)))
+    if options.quick:
+        print("--quick leaves out what has to be compiled: ours and the peers' under torch.compile")
     print(f"rows: {path}")
     report.draw(path)
     if folder == results.COMMITTED:

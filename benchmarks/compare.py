@@ -2,10 +2,12 @@
 
     python -m benchmarks.compare A.json B.json
 
-Compared are ratios to peers: another speed of the machine meets both sides of a ratio. A change is what moved by more
-than 5 % (two runs of one program differ by some, as memory lies elsewhere) and so far that the two intervals do not
-overlap. Where A and B come from one machine, times and peak memory are compared as well, by the same rule. Ends with
-status 1 where ours became slower than a peer's time would have it, or needs more memory.
+Compared are ratios, and no times: another speed of the machine meets both sides of a ratio. To our compiled call only
+the compiled peer is compared, or one change of it would be listed for everybody. A change is what moved by more than
+5 % (two runs of one program differ by some, as memory lies elsewhere) and so far that the two intervals do not overlap.
+Where A and B come from one machine, peak memory is compared as well, by the same rule. Better and worse are meant for
+us: a peer's time over ours should rise; that of one of our own variants, or of our two ops, should fall. Ends with
+status 1 where a peer's ratio became worse, or ours needs more memory.
 """
 
 import argparse
@@ -14,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import results, terminal
-from benchmarks.ours import OURS
+from benchmarks.ours import COMPILED, OURS
+from benchmarks.peers import COMPILED_CALL, PEERS
+from benchmarks.penalty import TWO_OPS
 from benchmarks.tables import Table, interval, milliseconds, shape
 
 LEAST = 0.05
@@ -26,13 +30,29 @@ class Change(NamedTuple):
     what: str
     before: list[float]
     after: list[float]
-    better: bool
+
+    @property
+    def ratio(self) -> bool:
+        return _ratio(self.what)
+
+    @property
+    def better(self) -> bool:
+        """For us. Ours, and our two ops, are above the line in their own ratios: the less the better."""
+        contestant = self.row["contestant"]
+        above = contestant.startswith(OURS) or contestant == TWO_OPS
+        return (self.after[0] > self.before[0]) == (self.ratio and not above)
+
+    @property
+    def decides(self) -> bool:
+        """Ratios of two of ours do not say which of them changed, nor do those of yardsticks concern a peer."""
+        contestant = self.row["contestant"]
+        return contestant in PEERS if self.ratio else contestant.startswith(OURS)
 
 
 def apart(before: list[float], after: list[float]) -> bool:
     """Intervals (value, low, high) that do not overlap, around values that differ by more than LEAST."""
     separate = before[2] < after[1] or after[2] < before[1]
-    return separate and abs(after[0] / before[0] - 1) > LEAST
+    return separate and abs(after[0] - before[0]) > LEAST * before[0]
 
 
 def changes(first: list[Row], second: list[Row]) -> Iterator[Change]:
@@ -48,18 +68,25 @@ def changes(first: list[Row], second: list[Row]) -> Iterator[Change]:
                 [found, found, found] if isinstance(found, float) else found for found in (old[what], row[what])
             )
             if apart(before, after):
-                rose = after[0] > before[0]
-                yield Change(row, what, before, after, better=rose if " over " in f" {what}" else not rose)
+                yield Change(row, what, before, after)
 
 
 def _compared(what: str, row: Row, old: Row) -> bool:
-    if what.removeprefix("device, ").startswith("over "):
-        return True
-    return what in ("ms", "host_ms", "device_ms", "peak_mb") and row["machine"] == old["machine"]
+    if what.endswith(f"over {COMPILED}"):
+        return bool(row["contestant"] == COMPILED_CALL)
+    return _ratio(what) or (what == "peak_mb" and row["machine"] == old["machine"])
+
+
+def _ratio(what: str) -> bool:
+    return what.removeprefix("device, ").startswith("over ")
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return row["group"], row["case"], tuple(row["shape"]), row["dtype"], row["device"]
 
 
 def _key(row: Row) -> tuple[Any, ...]:
-    return row["group"], row["case"], tuple(row["shape"]), row["dtype"], row["device"], row["contestant"]
+    return *_case(row), row["contestant"]
 
 
 def _timed(rows: list[Row]) -> set[str]:
@@ -73,7 +100,7 @@ def _timed(rows: list[Row]) -> set[str]:
 def table(found: list[Change], first: list[Row], second: list[Row]) -> Table:
     rows = []
     for change in found:
-        show = interval if " over " in f" {change.what}" else lambda values: milliseconds(values[0])
+        show = interval if change.ratio else lambda values: milliseconds(values[0])
         case = f"{change.row['case']} {shape(tuple(change.row['shape']))} {change.row['dtype']}"
         what = f"{change.row['contestant']}: {change.what}"
         rows.append([case, what, show(change.before), show(change.after), "better" if change.better else "worse"])
@@ -85,22 +112,31 @@ def table(found: list[Change], first: list[Row], second: list[Row]) -> Table:
     return Table("Changes beyond noise", note, ["case", "what", "before", "after", ""], rows)
 
 
+def run(text: str) -> list[Row]:
+    """The rows of a file; argparse says what is wrong with it."""
+    try:
+        rows = results.load(Path(text))
+        for row in rows:
+            _key(row), row["machine"]  # what `changes` reads of every row
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} has no rows as `python -m benchmarks` writes them") from error
+    return rows
+
+
 def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("first", type=Path, metavar="A.json")
-    parser.add_argument("second", type=Path, metavar="B.json")
+    parser.add_argument("first", type=run, metavar="A.json")
+    parser.add_argument("second", type=run, metavar="B.json")
     options = parser.parse_args()
-    first, second = results.load(options.first), results.load(options.second)
+    first, second = options.first, options.second
+    if not {_case(row) for row in first} & {_case(row) for row in second}:
+        parser.error("the two runs share no case on the same kind of device")
     found = list(changes(first, second))
     terminal.show([table(found, first, second)])
-    return int(any(_ours_is_worse(change) for change in found))
-
-
-def _ours_is_worse(change: Change) -> bool:
-    ours = change.row["contestant"].startswith(OURS)
-    ratio = " over " in f" {change.what}"
-    return not change.better and ((ratio and not ours) or (ours and change.what == "peak_mb"))
+    return int(any(change.decides and not change.better for change in found))
 
 
 if __name__ == "__main__":

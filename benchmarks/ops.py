@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks import bandwidth, traffic
 from benchmarks.case import Case, Entry, Step
 from benchmarks.ours import OURS, ours
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import COMPILED_OPS, Peer, peers_of_ops
 from benchmarks.traffic import Traffic
 
 
@@ -98,9 +98,9 @@ class OpCase(Case):
     group: ClassVar[str] = "op"
 
     def everybody(self) -> dict[str, Callable[[], Peer]]:
-        peers = {name: peer for name, peer in PEERS.items() if name not in ("torch.func", "ctgan")}  # without ops
+        peers = peers_of_ops()
         if self.name != BOTH:  # compiling takes longer than all the rest, and cannot do the double backward
-            del peers["torch.func, compiled"]
+            del peers[COMPILED_OPS]
         return {OURS: ours(), **peers}
 
     def inputs(self, device: str) -> Inputs:

@@ -13,24 +13,27 @@ from matplotlib.axes import Axes
 from benchmarks.bandwidth import COPIES
 from benchmarks.ops import BOTH
 from benchmarks.ours import COMPILED, OURS
-from benchmarks.peers import PEERS
-from benchmarks.tables import COMPILED_PEER, Contest, contests, shape
+from benchmarks.peers import COMPILED_CALL, PEERS
+from benchmarks.tables import Contest, contests, shape
 
 COLOURS = {OURS: "#d1495b", COMPILED: "#8c1c13", COPIES: "#000000"} | {
     name: colour
     for name, colour in zip(
-        PEERS, ["#003f5c", "#2f6c8f", "#5aa9c9", "#7a9e7e", "#8f6fb1", "#c9a227", "#a0a0a0"], strict=True
+        PEERS, ["#003f5c", "#2f6c8f", "#5aa9c9", "#7a9e7e", "#8f6fb1", "#c9a227", "#d98032", "#a0a0a0"], strict=True
     )
 }
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], path: Path) -> bool:
+    """Whether any of the rows are such that a picture shows."""
     every = contests(rows)
     one = [
         contest for contest in every if contest.dtype == "float32" and (contest.group != "op" or contest.name == BOTH)
     ]
     ops = [contest for contest in one if contest.group == "op"]
     calls = [contest for contest in one if contest.group != "op"]
+    if not one:
+        return False
     remembered = [contest for contest in every if any("peak_mb" in row for row in contest.rows.values())]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
@@ -51,6 +54,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             peaks(axes, contest)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+    return True
 
 
 def ratios(axes: Axes, some: list[Contest], title: str) -> None:
@@ -60,7 +64,7 @@ def ratios(axes: Axes, some: list[Contest], title: str) -> None:
     for contest in some:
         start = place
         for name in PEERS:
-            over = COMPILED if name == COMPILED_PEER and COMPILED in contest.rows else OURS
+            over = COMPILED if name == COMPILED_CALL and COMPILED in contest.rows else OURS
             found = contest.rows.get(name, {}).get(f"over {over}")
             if found is None:
                 continue

@@ -22,17 +22,17 @@ from benchmarks.cases import smallest
 from benchmarks.measure import Gate
 from benchmarks.ops import BOTH
 
-CASES = smallest()
+CASES = {case.key: case for case in smallest()}
 PAIRS = [
-    pytest.param(number, name, id=f"{case.key}-{name}", marks=pytest.mark.xdist_group(f"benchmark {number}"))
-    for number, case in enumerate(CASES)
+    pytest.param(key, name, id=f"{key}-{name}", marks=pytest.mark.xdist_group(f"benchmark {key}"))
+    for key, case in CASES.items()
     for name in case.contestants()
 ]
 
 
 @lru_cache(maxsize=1)
-def gate(number: int) -> Gate:
-    return Gate(CASES[number], "cpu")
+def gate(key: str) -> Gate:
+    return Gate(CASES[key], "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +44,13 @@ def _compiler() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(("number", "name"), PAIRS)
-def test_right_and_runs(number: int, name: str, benchmark: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[number]
-    if (case.name != BOTH or case.dtype != torch.float32) and not benchmark.enabled:  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_right_and_runs(case: str, name: str, benchmark: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = CASES[case]
+    if (chosen.name != BOTH or chosen.dtype != torch.float32) and not benchmark.enabled:  # type: ignore[attr-defined]
         # The same graphs, through the same differentiation, and run without writing C++: that takes ten seconds each.
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    step, row = gate(number).enter(name, case.contestants()[name])
+    step, row = gate(case).enter(name, chosen.contestants()[name])
     if "absent" in row:
         pytest.skip(row["absent"])
     assert "failed" not in row, row["failed"]

@@ -10,6 +10,8 @@ import sys
 import time
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,13 +28,16 @@ from benchmarks import (
     report,
     results,
     tables,
+    terminal,
     timing,
     traffic,
 )
 from benchmarks.cases import cases, quick
 from benchmarks.ops import BOTH, OpCase
-from benchmarks.ours import OURS, ours
-from benchmarks.peers import PEERS, Absent, ctgan, snippet
+from benchmarks.ours import COMPILED, OURS, ours
+from benchmarks.peers import COMPILED_CALL, COMPILED_OPS, PEERS, Absent, ctgan, snippet
+from benchmarks.penalty import TWO_OPS
+from benchmarks.training import NO_PENALTY
 
 SMALL = OpCase(BOTH, (8, 12))
 
@@ -194,6 +199,29 @@ def test_rows_survive_the_file(rows, tmp_path):
     assert again[0]["ms"] == pytest.approx(rows[0]["ms"], rel=1e-3)
 
 
+def test_the_snippets_ops_compiled_are_called_so(tmp_path):
+    """In older runs too, where they were called as the compiled call is."""
+    for case in cases("cpu"):
+        compiled = {name for name in case.everybody() if "compiled" in name and not name.startswith(OURS)}
+        assert compiled == ({COMPILED_CALL} if case.group != "op" else {COMPILED_OPS} if case.name == BOTH else set())
+    results.save(tmp_path / "old.json", [{"group": group, "contestant": COMPILED_CALL} for group in ("op", "penalty")])
+    assert [row["contestant"] for row in results.load(tmp_path / "old.json")] == [COMPILED_OPS, COMPILED_CALL]
+
+
+@pytest.mark.parametrize("contestant", [COMPILED_CALL, COMPILED_OPS])
+def test_tables_and_pictures_know_both_names(rows, tmp_path, contestant):
+    path = tmp_path / "cpu.json"
+    results.save(path, [*rows, rows[1] | {"contestant": contestant, "over fused_gp": [0.5, 0.4, 0.6], "peak_mb": 1.0}])
+    found = results.load(path)
+    page = report.page(found, [], [])
+    assert "snippet, compiled over fused_gp | 0.50 (0.40 to 0.60)" in page
+    assert COMPILED_CALL not in page
+    assert "| snippet, compiled | 0.50 (0.40 to 0.60) |" in report.numbers(found, [])
+    if find_spec("matplotlib"):
+        report.draw(path)
+        assert path.with_suffix(".png").exists()
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
@@ -216,10 +244,66 @@ def test_what_changed_beyond_noise(rows, tmp_path, monkeypatch, before, after, s
     assert compare.main() == (said == "worse")
 
 
-def test_times_of_other_machines_are_not_compared(rows):
-    slower = rows[0] | {"ms": [9.0 * ms for ms in rows[0]["ms"]]}
-    assert [change.what for change in compare.changes([rows[0]], [slower])] == ["ms"]
-    assert not list(compare.changes([rows[0]], [slower | {"machine": "another"}]))
+@pytest.mark.parametrize("what", ["over fused_gp", "device, over fused_gp"])
+@pytest.mark.parametrize(
+    ("contestant", "rises", "decides"),
+    [
+        *((peer, "better", True) for peer in PEERS),
+        (COMPILED, "worse", False),
+        ("fused_gp, chunks of 4", "worse", False),
+        ("fused_gp, directional", "worse", False),
+        (TWO_OPS, "worse", False),
+        (NO_PENALTY, "better", False),  # the penalty is a smaller share
+        (bandwidth.COPIES, "better", False),
+    ],
+)
+def test_which_way_a_ratio_is_better(rows, tmp_path, monkeypatch, contestant, rises, decides, what):
+    """A row's ratio is its contestant's time over ours: of a peer more is better, of one of ours less."""
+    low, high = ([rows[0] | {"contestant": contestant, what: [at, at, at]}] for at in (0.5, 0.6))
+    for before, after, said in ((low, high, rises), (high, low, "worse" if rises == "better" else "better")):
+        (change,) = compare.changes(before, after)
+        assert ("better" if change.better else "worse") == said
+        files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+        for path, found in zip(files, (before, after), strict=True):
+            results.save(Path(path), found)
+        monkeypatch.setattr(sys, "argv", ["compare", *files])
+        assert compare.main() == (decides and said == "worse")
+
+
+@pytest.mark.parametrize(("contestant", "compared"), [(COMPILED_CALL, True), ("snippet", False), (OURS, False)])
+def test_only_the_compiled_peer_is_compared_with_ours_compiled(rows, contestant, compared):
+    """Or one change of our compiled call is listed once for every contestant."""
+    before, after = (rows[0] | {"contestant": contestant, "over fused_gp, compiled": [at, at, at]} for at in (1.2, 1.0))
+    assert [(change.better, change.decides) for change in compare.changes([before], [after])] == (
+        [(False, True)] if compared else []
+    )
+
+
+def test_times_are_not_compared(rows):
+    slower = {"ms": [9.0 * ms for ms in rows[1]["ms"]], "host_ms": [9.0] * 3, "device_ms": [9.0] * 3}
+    assert not list(compare.changes([rows[1] | {"host_ms": [1.0] * 3, "device_ms": [1.0] * 3}], [rows[1] | slower]))
+
+
+@pytest.mark.parametrize(("contestant", "decides"), [(OURS, True), (COMPILED, True), ("snippet", False)])
+def test_peak_memory_is_compared_on_one_machine(rows, contestant, decides):
+    before, after = (rows[0] | {"contestant": contestant, "peak_mb": peak} for peak in (50.0, 60.0))
+    (change,) = compare.changes([before], [after])
+    assert (change.what, change.better, change.decides) == ("peak_mb", False, decides)
+    (change,) = compare.changes([after], [before])
+    assert change.better
+    assert not list(compare.changes([before], [after | {"machine": "another"}]))
+    assert list(compare.changes([before | {"peak_mb": 0.0}], [after]))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.5, "0.50"), (13.84, "13.84"), (1.0, "1.00"), (0.9967, "0.997"), (1.0042, "1.004"), (0.9996, "0.9996"),
+        (0.99999, "1.0000"), (0.004266, "0.00427"), (0.09, "0.0900"),
+    ],
+)  # fmt: skip
+def test_ratios_have_the_digits_that_matter(value, shown):
+    assert tables.ratio(value) == shown
 
 
 def test_who_is_timed_in_one_of_two_runs_only_is_told(rows):
@@ -241,6 +325,50 @@ def test_losses_are_told(rows):
     assert not list(tables.lost(with_ratio([0.9, 0.8, 1.01])))
     page = report.page([rows[0], rows[1] | {"over fused_gp": [0.9, 0.8, 0.99]}], [], [])
     assert "snippet over fused_gp | 0.90 (0.80 to 0.99)" in page
+
+
+def test_a_loss_says_who_is_held_to_whom_and_is_not_rounded_away(rows):
+    """An interval that ends below 1 is not shown as one that ends there."""
+    table = tables.losses(tables.contests([rows[0], rows[1] | {"over fused_gp": [0.98, 0.95, 0.9982]}]))
+    assert table.rows[0][3] == "0.98 (0.95 to 0.998)"
+    assert "A compiled call is held to ours compiled" in table.note
+
+
+LARGE = {"shape": [64, 3, 256, 256], "over fused_gp": [0.98, 0.95, 0.998]}
+VIT = {"group": "penalty", "case": "ViT", "shape": [4, 3, 64, 64], "ms": [170.0, 165.0, 180.0]}
+STEP = {"group": "training step", "case": "MLP", "shape": [256, 2], "ms": [147.0, 146.0, 149.0]}
+
+
+@pytest.mark.parametrize(
+    ("row", "peer", "reason"),
+    [
+        (LARGE | {"case": "interpolation, forward"}, "tidy", "equal: both run the same operations"),
+        (LARGE | {"case": "interpolation, forward"}, "TF-GAN", "not known"),
+        (LARGE | {"case": "interpolation, forward", "over fused_gp": [0.7, 0.6, 0.8]}, "tidy", "not known"),
+        (LARGE | {"case": "interpolation, forward", "device": "cuda"}, "tidy", "not known"),
+        (LARGE | VIT, "torch.func", "equal: both run the same operations"),
+        (LARGE | VIT, COMPILED_CALL, "not known"),
+        (LARGE | STEP, "snippet", "small: "),
+        (LARGE | STEP | {"ms": [522.0, 470.0, 530.0]}, "snippet", "equal: both run the same operations"),
+    ],
+)
+def test_why_a_peer_wins(rows, row, peer, reason):
+    row = rows[0] | row
+    found = [
+        row | {"contestant": contestant, "over fused_gp": ratio}
+        for contestant, ratio in ((TWO_OPS, [0.004] * 3), (NO_PENALTY, [0.57] * 3), (peer, row["over fused_gp"]))
+    ]
+    (loss,) = tables.lost(tables.contests([row | {"contestant": OURS}, *found]))
+    assert tables.why(loss).startswith(reason)
+
+
+def test_first_calls_of_training_steps_are_not_told(rows):
+    """They find the graphs of the penalties before them."""
+    penalty, step = (rows[0] | {"group": group, "contestant": COMPILED} for group in ("penalty", "training step"))
+    said = report.first_calls([penalty, step])
+    assert "| penalty |" in said
+    assert "| training step |" not in said
+    assert "Each run begins with an empty cache" in said
 
 
 def test_the_page_is_made_of_the_committed_runs():
@@ -306,3 +434,143 @@ def test_a_machine_without_extras_still_measures(tmp_path):
     )
     assert "no pictures: matplotlib is missing" in done.stdout
     assert len(results.load(tmp_path / "cpu.json")) == 6
+
+
+def test_where_there_is_nothing_to_draw_no_picture_is_left(rows, tmp_path, monkeypatch, capsys):
+    """`--only 'penalty, forward'`: neither the two ops together nor a critic."""
+    pytest.importorskip("matplotlib")
+
+    def run(chosen, device, budget, rounds, unfinished):
+        results.save(unfinished, [])
+        return [row | {"case": "penalty, forward"} for row in rows]
+
+    monkeypatch.setattr(main, "run", run)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # and what it was is put back
+    words = ["benchmarks", "--only", "penalty, forward (64, 784)", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    (tmp_path / "cpu.png").write_bytes(b"an older run's")
+    main.main()
+    assert "no pictures: " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
+
+
+def test_the_two_ops_together_are_drawn(rows, tmp_path):
+    pytest.importorskip("matplotlib")
+    results.save(tmp_path / "cpu.json", rows)
+    report.draw(tmp_path / "cpu.json")
+    assert (tmp_path / "cpu.png").exists()
+
+
+def test_the_documented_command_of_regressions_runs():
+    """Of one case: `case` must be among the parameters that pytest-benchmark can group by."""
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import test_speed
+
+    command = next(line for line in test_speed.__doc__.splitlines() if "--benchmark-autosave" in line)
+    words = [word for word in command.split("-m ")[1].split() if word != "--benchmark-autosave"]
+    chosen = ["-k", "interpolation and forward and float32 and tidy and not penalty", "--benchmark-max-time=0.01"]
+    environment = {key: value for key, value in os.environ.items() if "XDIST" not in key}  # or it times nothing
+    done = subprocess.run(
+        [sys.executable, "-m", *words, *chosen, "-p", "no:cacheprovider", "-p", "no:xdist"],
+        check=False, capture_output=True, text=True, cwd=report.ROOT, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "case=op: interpolation, forward" in done.stdout
+
+
+@pytest.mark.parametrize("rounds", ["5", "0", "-1"])
+def test_too_few_rounds_are_refused_before_anything_is_measured(monkeypatch, capsys, rounds):
+    monkeypatch.setattr(main, "run", None)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--rounds", rounds])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert f"--rounds must be 6 or more, which an interval needs, got {rounds}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file or directory"),
+        ("nonsense", "has no rows as `python -m benchmarks` writes them"),
+        ("[1]", "has no rows"),
+        ('{"rows": {}}', "has no rows"),
+        ('{"rows": ["a"]}', "has no rows"),
+        ('{"rows": [{"group": "op"}]}', "has no rows"),
+        ((results.COMMITTED / "cpu_methods.json").read_text(), "has no rows"),
+        ((results.COMMITTED / "host.json").read_text(), "has no rows"),
+    ],
+)
+def test_a_file_that_is_no_run_is_named(rows, tmp_path, monkeypatch, capsys, text, said):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    results.save(good, rows)
+    if text is not None:
+        bad.write_text(text)
+    for files in ((good, bad), (bad, good)):
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+        with pytest.raises(SystemExit, match="2"):
+            compare.main()
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert str(bad) in error
+        assert said in error
+
+
+def test_runs_of_other_cases_are_not_said_to_be_the_same(rows, tmp_path, monkeypatch, capsys):
+    for name, change in (("a", {}), ("b", {"shape": [3, 5]})):
+        results.save(tmp_path / f"{name}.json", [row | change for row in rows])
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    with pytest.raises(SystemExit, match="2"):
+        compare.main()
+    assert "the two runs share no case" in capsys.readouterr().err
+
+
+def shown(every, monkeypatch, capsys, columns=120):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal.show(every)
+    return capsys.readouterr().out
+
+
+def test_a_narrow_table_shows_intervals_and_a_wide_one_marks(rows, monkeypatch, capsys):
+    narrow = tables.Table("T", "A note.", ["case", "ratio"], [["a", "1.05 (0.90 to 1.20)"]])
+    out = shown([narrow], monkeypatch, capsys)
+    assert "1.05 (0.90 to 1.20)" in out
+    assert terminal.EXPLANATION not in out
+    cells = ["1.05 (0.90 to 1.20)", "2.00 (1.70 to 2.20)", "2.00 (1.90 to 2.20)", "0.00427 (0.00420 to 0.00430)"]
+    wide = narrow._replace(headings=["a heading"] * 8, rows=[cells * 2])
+    out = " ".join(shown([wide], monkeypatch, capsys).split())
+    assert "1.05~ 2.00~ 2.00 0.00427 " in out
+    assert f"A note. {terminal.EXPLANATION}" in out
+
+
+def test_nothing_is_cut_at_120_columns(monkeypatch, capsys):
+    """Of the committed run: every heading and every cell is there, over one line or more."""
+    for table in tables.tables(results.committed("cpu")):
+        out = shown([table], monkeypatch, capsys)
+        assert "\N{HORIZONTAL ELLIPSIS}" not in out
+        assert max(map(len, out.splitlines())) <= 120
+        fitted = terminal.fit(terminal.filled(table), 120)
+        for at, width in enumerate(terminal.widths(fitted, 120)):
+            assert all(len(word) <= width for row in fitted.rows for word in row[at].split())
+        cells = [fitted.title, fitted.note, *fitted.headings, *(cell for row in fitted.rows for cell in row)]
+        letters = "".join(out.split()).replace("\N{BOX DRAWINGS LIGHT HORIZONTAL}", "")
+        assert sorted(letters) == sorted("".join("".join(cells).split()))
+
+
+def test_columns_of_nothing_are_left_out_and_markup_is_not_read(monkeypatch, capsys):
+    table = tables.Table("T", "", ["a", "empty", "b"], [["pip install '.[peers]'", "", "2"]])
+    out = shown([table], monkeypatch, capsys)
+    assert "'.[peers]'" in out
+    assert "empty" not in out
+    assert "before" in shown([compare.table([], [], [])], monkeypatch, capsys)  # headings of no rows stay
+
+
+def test_a_quick_run_says_what_it_leaves_out(rows, tmp_path, monkeypatch, capsys):
+    def run(chosen, device, budget, rounds, unfinished):
+        results.save(unfinished, [])
+        return rows
+
+    monkeypatch.setattr(main, "run", run)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", "--out", str(tmp_path)])
+    main.main()
+    assert "--quick leaves out what has to be compiled" in capsys.readouterr().out

@@ -9,8 +9,10 @@ A form that has no function for one of them has no such function in its `Peer`, 
 
 from collections.abc import Callable
 
-from . import compiled, ctgan, functional, norm_axis, snippet, tf_gan, tidy
+from . import compiled, ctgan, functional, norm_axis, snippet, snippet_compiled, tf_gan, tidy
 from .peer import Absent, Peer
+
+COMPILED_CALL, COMPILED_OPS = "torch.func, compiled", "snippet, compiled"
 
 # Each makes a peer that has not compiled anything yet, or raises Absent.
 PEERS: dict[str, Callable[[], Peer]] = {
@@ -19,16 +21,23 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "tidy": tidy.peer,
     "TF-GAN": tf_gan.peer,
     "torch.func": functional.peer,
-    "torch.func, compiled": compiled.peer,
+    COMPILED_CALL: compiled.peer,
+    COMPILED_OPS: snippet_compiled.peer,
     "ctgan": ctgan.peer,
 }
 
+WITHOUT_OPS = {"torch.func", COMPILED_CALL, "ctgan"}
 TABLES_ONLY = {"ctgan"}
+
+
+def peers_of_ops() -> dict[str, Callable[[], Peer]]:
+    return {name: peer for name, peer in PEERS.items() if name not in WITHOUT_OPS}
 
 
 def peers_of_calls(ndim: int) -> dict[str, Callable[[], Peer]]:
     """Those with a whole penalty of samples of so many dimensions, the batch's included."""
-    return {name: peer for name, peer in PEERS.items() if ndim == 2 or name not in TABLES_ONLY}
+    without = {COMPILED_OPS} if ndim == 2 else {COMPILED_OPS, *TABLES_ONLY}
+    return {name: peer for name, peer in PEERS.items() if name not in without}
 
 
-__all__ = ["PEERS", "Absent", "Peer", "peers_of_calls"]
+__all__ = ["COMPILED_CALL", "COMPILED_OPS", "PEERS", "Absent", "Peer", "peers_of_calls", "peers_of_ops"]

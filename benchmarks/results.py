@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import COMPILED_CALL, COMPILED_OPS
-
 COMMITTED = Path(__file__).parent / "results"
 
 
@@ -18,9 +16,6 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
 def load(path: Path) -> list[dict[str, Any]]:
     rows = json.loads(path.read_text())["rows"]
     assert isinstance(rows, list)
-    for row in rows:
-        if row.get("group") == "op" and row["contestant"] == COMPILED_CALL:  # as older runs call the snippet's ops
-            row["contestant"] = COMPILED_OPS
     return rows
 
 

@@ -199,19 +199,15 @@ def test_rows_survive_the_file(rows, tmp_path):
     assert again[0]["ms"] == pytest.approx(rows[0]["ms"], rel=1e-3)
 
 
-def test_the_snippets_ops_compiled_are_called_so(tmp_path):
-    """In older runs too, where they were called as the compiled call is."""
+def test_the_snippets_ops_compiled_are_called_so():
     for case in cases("cpu"):
         compiled = {name for name in case.everybody() if "compiled" in name and not name.startswith(OURS)}
         assert compiled == ({COMPILED_CALL} if case.group != "op" else {COMPILED_OPS} if case.name == BOTH else set())
-    results.save(tmp_path / "old.json", [{"group": group, "contestant": COMPILED_CALL} for group in ("op", "penalty")])
-    assert [row["contestant"] for row in results.load(tmp_path / "old.json")] == [COMPILED_OPS, COMPILED_CALL]
 
 
-@pytest.mark.parametrize("contestant", [COMPILED_CALL, COMPILED_OPS])
-def test_tables_and_pictures_know_both_names(rows, tmp_path, contestant):
+def test_tables_and_pictures_know_the_name(rows, tmp_path):
     path = tmp_path / "cpu.json"
-    results.save(path, [*rows, rows[1] | {"contestant": contestant, "over fused_gp": [0.5, 0.4, 0.6], "peak_mb": 1.0}])
+    results.save(path, [*rows, rows[1] | {"contestant": COMPILED_OPS, "over fused_gp": [0.5, 0.4, 0.6], "peak_mb": 1.0}])
     found = results.load(path)
     page = report.page(found, [], [])
     assert "snippet, compiled over fused_gp | 0.50 (0.40 to 0.60)" in page

@@ -163,7 +163,7 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
 
     def visit_function(function: FunctionType) -> None:
         names, known = _names(function), function.__globals__
-        things = [known[name] for name in sorted(names) if name in known]
+        things = [known[name] for name in sorted(_names_in(function.__code__, words=False)) if name in known]
         things += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # a name that has no value yet
@@ -202,13 +202,14 @@ def _of_torch(function: FunctionType) -> bool:
 
 def _names(function: Any) -> set[str]:
     """The attributes and keys that a function's code speaks of."""
-    return _names_in(function.__code__) if isinstance(function, FunctionType) else set()
+    return _names_in(function.__code__, words=True) if isinstance(function, FunctionType) else set()
 
 
 @functools.lru_cache(maxsize=256)
-def _names_in(code: CodeType) -> set[str]:
-    names = {*code.co_names, *[const for const in code.co_consts if isinstance(const, str)]}
-    return names.union(*[_names_in(const) for const in code.co_consts if isinstance(const, CodeType)])
+def _names_in(code: CodeType, words: bool) -> set[str]:
+    """Those of functions inside it too; with `words`, which may be keys, of strings as well."""
+    names = {*code.co_names, *[const for const in code.co_consts if words and isinstance(const, str)]}
+    return names.union(*[_names_in(const, words) for const in code.co_consts if isinstance(const, CodeType)])
 
 
 def _weak(thing: Any) -> Any:

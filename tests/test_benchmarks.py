@@ -207,7 +207,8 @@ def test_the_snippets_ops_compiled_are_called_so():
 
 def test_tables_and_pictures_know_the_name(rows, tmp_path):
     path = tmp_path / "cpu.json"
-    results.save(path, [*rows, rows[1] | {"contestant": COMPILED_OPS, "over fused_gp": [0.5, 0.4, 0.6], "peak_mb": 1.0}])
+    row = rows[1] | {"contestant": COMPILED_OPS, "over fused_gp": [0.5, 0.4, 0.6], "peak_mb": 1.0}
+    results.save(path, [*rows, row])
     found = results.load(path)
     page = report.page(found, [], [])
     assert "snippet, compiled over fused_gp | 0.50 (0.40 to 0.60)" in page

@@ -13,7 +13,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 from torch.nn import Module
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import data_parallel, double_backward, graph
 from .directional import refuse_higher_order
@@ -36,9 +36,8 @@ class Batch:
         self.group = len(sources[0]) // self.rows
         others, self.tree = tree_flatten((question.args, question.kwargs))
         lengths = (self.rows, len(sources[0]))
-        if self.rows > 1:
-            _refuse_lists((question.args, question.kwargs), lengths)
         self.is_cut = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] in lengths for t in others]
+        self.arrays = [t for t in others if isinstance(t, ndarray) and t.ndim > 0 and len(t) in lengths]
         self.cut = [*sources, *compress(others, self.is_cut)]
         # Those without the batch in front that want a gradient. What they come from is none of the chunks' business.
         attached = [
@@ -53,6 +52,11 @@ class Batch:
         if chunk_size % self.group:
             raise ValueError(
                 f"chunk_size must be a multiple of group_size, got {chunk_size} for groups of {self.group}"
+            )
+        if self.arrays and chunk_size // self.group < self.rows:
+            raise ValueError(
+                "critic_args and critic_kwargs must have what is of one sample each in tensors with chunk_size, which "
+                f"cuts them, got a NumPy array of {len(self.arrays[0])}"
             )
         for start in range(0, self.rows, chunk_size // self.group):
             yield self.part(start, min(start + chunk_size // self.group, self.rows))
@@ -70,21 +74,6 @@ class Batch:
         form = self.question.form._replace(rows=stop - start)
         question = self.question._replace(args=args, kwargs=kwargs, form=form)
         return question, self.points_of(sources, question.ops), pieces
-
-
-def _refuse_lists(arguments: Any, lengths: Sequence[int]) -> None:
-    """Whose elements, most likely, are of one sample each: every chunk would be given those of the first samples."""
-
-    def is_list(thing: Any) -> bool:
-        return isinstance(thing, (list, ndarray)) and getattr(thing, "ndim", 1) > 0 and len(thing) in lengths
-
-    for thing in tree_leaves(arguments, is_leaf=is_list):
-        if is_list(thing):
-            raise ValueError(
-                "critic_args and critic_kwargs must have what is of one sample each in tensors with chunk_size, which "
-                f"cuts them, got a {type(thing).__name__} of {len(thing)}: make it a tensor, or, where it is not of "
-                "the samples, a tuple"
-            )
 
 
 def penalise(
@@ -109,6 +98,8 @@ def penalise(
     if batch.rows > 1 and make not in findings.separate:
         rows = min(max(2, chunk_size // batch.group), batch.rows)
         if _check_separate(batch, rows, whole, findings):
+            if len(findings.separate) > 100:  # words that change from call to call
+                findings.separate.clear()
             findings.separate.add(make)
 
     # Scores are scaled in the chunks' backward too: an fp16 critic's small gradients would vanish in it.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Embedding, EmbeddingBag
 from torch.utils._pytree import tree_map_only
 
 from . import functional, graph, reference
@@ -29,6 +30,11 @@ class Kept:
         options: dict[str, Any] = {"custom_partitioner_fn": AllInForward(scaled)}
         self.fixed = torch.compile(_fresh(_penalise), fullgraph=True, dynamic=False, options=options)
         self.variable = torch.compile(_fresh(_penalise), fullgraph=True, options=options)
+
+
+@torch.utils.hooks.unserializable_hook
+def _once(_: Tensor) -> None:
+    refuse_higher_order("method='compiled'")
 
 
 _INSTEAD = "Use method='double_backward', or, where the critic is smooth, method='directional'."
@@ -84,7 +90,7 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
         ) from error
     penalty = penalty * (form.scale if form.kappa is None else form.kappa)
     if penalty.requires_grad:  # the graph knows the gradient as numbers, whose own derivative would be lost in silence
-        penalty.register_hook(lambda _: refuse_higher_order("method='compiled'"))
+        penalty.register_hook(_once)
     return Answer(penalty, norms)
 
 
@@ -135,7 +141,7 @@ def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> 
     """What the critic's own graph shows, before it is compiled: a compiled function cannot tell zero from nothing, and
     what stops its compiler is told by it in pages."""
     for part in (part for module in findings.alive() for part in module.modules()):
-        if getattr(part, "sparse", False) is True:
+        if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse and part.weight.requires_grad:
             raise ValueError(
                 "method='compiled' needs dense gradients, got a critic with "
                 f"{type(part).__name__}(sparse=True). {_INSTEAD}"

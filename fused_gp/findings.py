@@ -1,7 +1,9 @@
 """What has been found out about a critic, kept while it lives, so that looking once is enough."""
 
 import contextlib
+import dis
 import functools
+import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,7 +43,8 @@ class Findings:
 
     def mode(self, device: torch.device) -> Any:
         """In training or evaluation, under which autocast, with which attention: operations may differ in another."""
-        attention = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+        cuda = torch.backends.cuda  # the flags are those of CPUs too
+        attention = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         return autocast, attention, *[module.training for module in self.alive()]
 
@@ -132,10 +135,9 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
             for part in (thing.func, *thing.args, *thing.keywords.values()):
                 visit(part, names)
         elif isinstance(thing, MethodType):
-            functions = _with_others_of(type(thing.__self__), thing.__func__)
-            visit(thing.__self__, names.union(*map(_names, functions)))
-            for function in functions:
-                visit(function, names)
+            others_take = _modules_of_other_methods(thing.__self__, thing.__func__)
+            visit(thing.__self__, names | _names(thing.__func__) | others_take)
+            visit(thing.__func__, names)
         elif isinstance(thing, FunctionType):
             if not _of_torch(thing):
                 visit_function(thing)
@@ -150,7 +152,7 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
         else:
             others.append(thing)
             if not isinstance(thing, (type, ModuleType)):
-                visit_parts(_attributes(thing), names, all_of_it=False)
+                visit_parts(_attributes(thing).items(), names, all_of_it=False)
 
     def visit_parts(items: Iterable[tuple[Any, Any]], names: set[str], all_of_it: bool) -> None:
         parts = list(items)
@@ -177,23 +179,58 @@ def _behind(critic: Any) -> tuple[list[tuple[str, Module]], list[Any]]:
     return modules, others
 
 
-def _attributes(thing: Any) -> list[tuple[str, Any]]:
-    """With their values, those in slots too."""
-    slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
-    return [*getattr(thing, "__dict__", {}).items(), *((name, getattr(thing, name, None)) for name in slots)]
+def _attributes(thing: Any) -> dict[str, Any]:
+    """With their values, those in slots and a module's parts too."""
+    found = {**getattr(thing, "__dict__", {}), **(thing._modules if isinstance(thing, Module) else {})}
+    for kind in type(thing).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{kind.__name__.lstrip('_')}{name}"
+            if name in kind.__dict__:
+                with contextlib.suppress(AttributeError):  # it has no value yet
+                    found[name] = kind.__dict__[name].__get__(thing, kind)
+    return found
 
 
-def _with_others_of(owner: type, method: Any) -> list[Any]:
-    """A method, the methods and properties of its owner that it speaks of, those that these speak of, and so on."""
+def _modules_of_other_methods(owner: Any, method: Any) -> set[str]:
+    """The names of the modules that an owner's other methods and properties take from it, as far as a method of its
+    calls them, and they one another."""
+    taken: set[str] = set()
     functions = [method]
     for function in functions:
-        for name in sorted(_names(function)):
-            found = getattr(owner, name, None)
-            for wrapper in ("fget", "func", "__func__"):  # of properties, cached properties, class methods
-                found = getattr(found, wrapper, found)
+        names = _taken_from_self(function.__code__) if isinstance(function, FunctionType) else frozenset()
+        taken |= names if len(functions) > 1 else set()
+        for name in names:
+            found = inspect.getattr_static(type(owner), name, None)  # runs none of their code
+            if isinstance(found, property):
+                found = found.fget
+            elif isinstance(found, functools.cached_property):
+                found = found.func
+            elif isinstance(found, (classmethod, staticmethod)):
+                found = found.__func__
             if isinstance(found, FunctionType) and not _of_torch(found) and found not in functions:
                 functions.append(found)
-    return functions
+    if not taken:
+        return taken
+    return {name for name, part in _attributes(owner).items() if name in taken and isinstance(part, Module)}
+
+
+@functools.lru_cache(maxsize=256)
+def _taken_from_self(code: CodeType, itself: str | None = None) -> frozenset[str]:
+    """The attributes that a method takes from its first argument, in functions inside it too."""
+    itself = itself or next(iter(code.co_varnames[: code.co_argcount]), None)
+    names: set[str] = set()
+    loaded = None
+    for instruction in dis.get_instructions(code):
+        if loaded == itself is not None and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            names.add(instruction.argval)
+        loads = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+        loaded = instruction.argval if loads else None
+        if isinstance(loaded, tuple):  # two at once
+            loaded = loaded[-1]
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return frozenset(names).union(*[_taken_from_self(each, itself) for each in inner if itself])
 
 
 def _of_torch(function: FunctionType) -> bool:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fused_gp
-from fused_gp import GradientPenalty, fused_gradient_penalty, input_gradient_penalty, r1_penalty, reference
+from fused_gp import GradientPenalty, findings, fused_gradient_penalty, input_gradient_penalty, r1_penalty, reference
 
 FAMILY = ["fused_gradient_penalty", "r1_penalty", "r2_penalty", "dragan_penalty"]
 
@@ -481,7 +481,30 @@ class Indirect:
         return self.scored(x)
 
 
+class Busy:
+    """Its other methods keep a log and train the generator, and its class has attributes of odd kinds."""
+
+    odd = type("Answers", (dict,), {"__getattr__": dict.__getitem__})(one=1)
+
+    def __init__(self, critic):
+        self.generator = nn.BatchNorm1d(4)
+        self.critic, self.history = critic, []
+
+    def train(self):
+        self.generator.train()
+
+    def log(self, value):
+        self.history.append(value)
+
+    def __call__(self, x):
+        self.critic.train()
+        scores = self.critic(x)
+        self.log(float(scores.detach().sum()))
+        return scores * len(self.odd)
+
+
 OWNERS = {
+    "an object that does more": Busy,
     "a method that calls another": lambda critic: Indirect(critic).by_method,
     "a method that takes a property": lambda critic: Indirect(critic).by_property,
     "a trainer's method": lambda critic: Trainer(critic).score,
@@ -531,6 +554,16 @@ def test_the_generators_batch_norm_is_not_the_critics(owner):
     with pytest.warns(UserWarning, match=r"batch normalisation in training mode \(critic\.1\.0\)") as caught:
         fused_gradient_penalty(OWNERS[owner](with_batch_norm()), *flat(4))
     assert len(caught) == 1
+
+
+def test_a_critic_that_keeps_a_log_stays_the_one_that_it_was():
+    """What its other methods write is no part of what it is known by."""
+    critic = Busy(mlp(4))
+    known = findings.findings_of(critic)
+    for _ in range(2):
+        fused_gradient_penalty(critic, *flat(4))
+        assert findings.findings_of(critic) is known
+    assert len(critic.history) == 2
 
 
 def test_batch_norm_without_running_statistics_sees_the_batch_in_evaluation_too():

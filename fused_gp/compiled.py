@@ -34,6 +34,7 @@ class Kept:
 
 @torch.utils.hooks.unserializable_hook
 def _once(_: Tensor) -> None:
+    """A hook on the penalty."""
     refuse_higher_order("method='compiled'")
 
 

@@ -193,16 +193,29 @@ def _attributes(thing: Any) -> dict[str, Any]:
     return found
 
 
+# By the class of the owner, then by the code of its method.
+_taken_by_others: WeakKeyDictionary[type, dict[CodeType, frozenset[str]]] = WeakKeyDictionary()
+
+
 def _modules_of_other_methods(owner: Any, method: Any) -> set[str]:
     """The names of the modules that an owner's other methods and properties take from it, as far as a method of its
     calls them, and they one another."""
-    taken: set[str] = set()
+    if not isinstance(method, FunctionType):
+        return set()
+    known = _taken_by_others.setdefault(type(owner), {})
+    taken = known.get(method.__code__)
+    if taken is None:
+        taken = known[method.__code__] = _other_methods_take(type(owner), method)
+    if not taken:
+        return set()
+    return {name for name, part in _attributes(owner).items() if name in taken and isinstance(part, Module)}
+
+
+def _other_methods_take(kind: type, method: FunctionType) -> frozenset[str]:
     functions = [method]
     for function in functions:
-        names = _taken_from_self(function.__code__) if isinstance(function, FunctionType) else frozenset()
-        taken |= names if len(functions) > 1 else set()
-        for name in names:
-            found = inspect.getattr_static(type(owner), name, None)  # runs none of their code
+        for name in _taken_from_self(function.__code__):
+            found = inspect.getattr_static(kind, name, None)  # runs none of their code
             if isinstance(found, property):
                 found = found.fget
             elif isinstance(found, functools.cached_property):
@@ -211,9 +224,7 @@ def _modules_of_other_methods(owner: Any, method: Any) -> set[str]:
                 found = found.__func__
             if isinstance(found, FunctionType) and not _of_torch(found) and found not in functions:
                 functions.append(found)
-    if not taken:
-        return taken
-    return {name for name, part in _attributes(owner).items() if name in taken and isinstance(part, Module)}
+    return frozenset().union(*[_taken_from_self(function.__code__) for function in functions[1:]])
 
 
 @functools.lru_cache(maxsize=256)

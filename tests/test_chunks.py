@@ -418,6 +418,12 @@ def test_evaluation_mode_proves_nothing_of_training():
         fused_gradient_penalty(critic, torch.randn(5, 6), torch.randn(5, 6), chunk_size=2)
 
 
+def assert_exact(critic, real, fake, chunk_size=2, args=(), exact_args=()):
+    ours = fused_gradient_penalty(critic, real, fake, alpha=0.3, critic_args=args, chunk_size=chunk_size)
+    truth = reference.fused_gradient_penalty(critic, real, fake, alpha=0.3, critic_args=exact_args)
+    assert_same(gradients(ours, critic.parameters()), gradients(truth, critic.parameters()))
+
+
 def changes(critic):
     """Changes it, and says whether its samples see one another then."""
     critic.train()
@@ -444,9 +450,7 @@ def test_a_critic_that_is_changed_is_looked_at_again():
             with pytest.raises(ValueError, match=f"^{re.escape(TOGETHER)}$"):
                 fused_gradient_penalty(critic, real, fake, chunk_size=2)
         else:
-            ours = fused_gradient_penalty(critic, real, fake, alpha=0.3, chunk_size=2)
-            truth = reference.fused_gradient_penalty(critic, real, fake, alpha=0.3)
-            assert_same(gradients(ours, critic.parameters()), gradients(truth, critic.parameters()))
+            assert_exact(critic, real, fake)
 
 
 def test_a_flag_among_the_arguments_may_make_it_another():
@@ -473,10 +477,7 @@ def test_complex_parameters():
         def forward(self, x):
             return self.head(torch.tanh(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=6)))
 
-    critic, (real, fake) = Spectrum(), batch()
-    ours = fused_gradient_penalty(critic, real, fake, alpha=0.3, chunk_size=2)
-    truth = reference.fused_gradient_penalty(critic, real, fake, alpha=0.3)
-    assert_same(gradients(ours, critic.parameters()), gradients(truth, critic.parameters()))
+    assert_exact(Spectrum(), *batch())
 
 
 def test_arrays_of_the_samples_must_be_tensors():
@@ -495,9 +496,7 @@ def test_arrays_of_the_samples_must_be_tensors():
     with pytest.raises(ValueError, match="in tensors with chunk_size, which cuts them, got a NumPy array of 4"):
         fused_gradient_penalty(critic, real, fake, critic_args=(weights,), chunk_size=2)
     for given, chunk_size in ((weights, 4), (torch.tensor(weights), 2)):
-        ours = fused_gradient_penalty(critic, real, fake, alpha=0.3, critic_args=(given,), chunk_size=chunk_size)
-        truth = reference.fused_gradient_penalty(critic, real, fake, alpha=0.3, critic_args=(weights,))
-        assert_same(gradients(ours, critic.parameters()), gradients(truth, critic.parameters()))
+        assert_exact(critic, real, fake, chunk_size, args=(given,), exact_args=(weights,))
 
 
 def test_looking_leaves_no_trace():

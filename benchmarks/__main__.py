@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import (
     bandwidth,
     cases,
@@ -29,6 +27,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.case import Case
+from benchmarks.options import check_device
 from benchmarks.penalty import TWO_OPS
 
 BUDGET = {"op": 1.2, "penalty": 6.0, "training step": 8.0}  # seconds of rounds for a case
@@ -81,8 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < intervals.LEAST:
         parser.error(f"--rounds must be {intervals.LEAST} or more, which an interval needs, got {options.rounds}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA or ROCm device, and torch finds none")
+    check_device(parser, options.device)
     every = (cases.quick if options.quick else cases.cases)(options.device)
     chosen = [case for case in every if options.only in case.key]
     if not chosen:

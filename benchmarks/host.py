@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import provenance, results, terminal, timing
+from benchmarks.options import check_rounds
 from benchmarks.peers import snippet
 from fused_gp import gradient_norm_penalty, interpolate
 from fused_gp.kernels.null_device import Launch, null_device
@@ -122,8 +123,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=300, help=f"of {STEPS} steps of each, per case")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for a spread, got {options.rounds}")
+    check_rounds(parser, options.rounds)
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

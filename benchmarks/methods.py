@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import memory, provenance, terminal, timing
 from benchmarks.critics import ViT, dcgan
+from benchmarks.options import check_device, check_rounds
 from benchmarks.peers import snippet
 from fused_gp import fused_gradient_penalty
 
@@ -198,10 +199,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     parser.add_argument("--peak-of", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for a spread, got {options.rounds}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA or ROCm device, and torch finds none")
+    check_rounds(parser, options.rounds)
+    check_device(parser, options.device)
     if options.peak_of:
         print(peak_here(options.peak_of))
         return

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks import provenance, terminal, timing
+from benchmarks.options import check_device, check_rounds
 from fused_gp import dragan_penalty, fused_gradient_penalty, input_gradient_penalty, r1_penalty, r2_penalty
 
 BATCH = 64
@@ -344,10 +345,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SHAPES, help="one of the sizes")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
-    if options.rounds is not None and options.rounds < 2:
-        parser.error(f"--rounds must be at least 2, for a spread, got {options.rounds}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA or ROCm device, and torch finds none")
+    check_rounds(parser, options.rounds)
+    check_device(parser, options.device)
     cases = [
         (case, size)
         for size in ([options.size] if options.size else SHAPES)

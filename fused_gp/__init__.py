@@ -4,9 +4,9 @@ loss = fake_score.mean() - real_score.mean() + fused_gradient_penalty(critic, re
 """
 
 from . import reference
-from .interpolation import interpolate
 from .module import GradientPenalty
-from .norm_penalty import gradient_norm_penalty
+from .ops.interpolation import interpolate
+from .ops.norm_penalty import gradient_norm_penalty
 from .penalties import dragan_penalty, fused_gradient_penalty, input_gradient_penalty, r1_penalty, r2_penalty
 
 __version__ = "0.1.0"

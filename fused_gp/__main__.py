@@ -10,13 +10,13 @@ import torch
 
 import fused_gp
 
-from .backends import backend_for, triton_installed
+from .ops.backends import backend_for, triton_installed
 
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 def main() -> int:
-    """The report, or what the command line asks for; the exit status."""
+    """Returns the exit status."""
     parser = argparse.ArgumentParser("python -m fused_gp", description=report.__doc__)
     command = parser.add_subparsers(dest="command").add_parser(
         "inspect",
@@ -31,7 +31,7 @@ def main() -> int:
         return report()
     if not triton_installed():
         command.error("needs the package triton, which is not installed")
-    from .inspection import PROCESSORS, inspect, kernels, table  # only now: it imports Triton
+    from .inspection import PROCESSORS, inspect, kernels, table  # here, because it imports Triton
 
     if kernels.INTERPRETED:
         command.error("compiles the kernels, but TRITON_INTERPRET=1 has them interpreted: unset it")
@@ -61,7 +61,7 @@ def report() -> int:
             error = _parity(device)
             passed = error < 1e-5
             verdict = f"{'passed' if passed else 'FAILED'}, weight gradients {error:.1e} from fp64 plain autograd"
-        except Exception as problem:  # a report shows what is broken instead of stopping at it
+        except Exception as problem:  # a report shows every fault instead of stopping at the first
             passed, verdict = False, f"FAILED, {type(problem).__name__}: {problem}"
         failed += not passed
         print(f"{device!s:<8} {name}  backend: {'Triton' if backend == 'kernels' else 'plain torch'}; parity {verdict}")

@@ -1,4 +1,4 @@
-"""What a caller may hand in. Every check names the argument, what came and what was wanted."""
+"""Argument validation. Every error names the argument, what was given and what was expected."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
-from .form import PenaltyForm, accumulation_type
-from .method import METHODS, Method
+from .form import METHODS, Method, PenaltyForm, accumulation_type
 
-# A batch as the caller has it, one tensor or a tuple, list or dict of them, is here the list of its tensors and their
-# structure: None for a tensor by itself, the type for a tuple or list of nothing but tensors, a tree for all else.
+# A batch is a tensor, or a tuple, list or dict of tensors. Here it is the list of its tensors and their structure: None
+# for a tensor by itself, the type for a tuple or list of tensors alone, a TreeSpec for everything else.
 Structure = TreeSpec | type | None
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -23,8 +22,8 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def samples(name: str, value: Any) -> tuple[list[Tensor], Structure]:
     """A tensor with the batch in front, or tensors of one batch size on one device in a tuple, list or dict."""
     if isinstance(value, Tensor):
-        if not _is_sound(value):
-            raise _flaw(name, value)
+        if not _is_valid(value):
+            raise _invalid(name, value)
         return [value], None
     leaves, structure = _flattened(value)
     if len(leaves) == 1 and leaves[0] is value:
@@ -32,28 +31,28 @@ def samples(name: str, value: Any) -> tuple[list[Tensor], Structure]:
     if not leaves:
         raise ValueError(f"{name} must hold at least one tensor, got an empty {type(value).__name__}")
     for index, tensor in enumerate(leaves):
-        if not _is_sound(tensor):
-            raise _flaw(leaf(name, value, index), tensor)
+        if not _is_valid(tensor):
+            raise _invalid(leaf_name(name, value, index), tensor)
         if tensor.shape[0] != leaves[0].shape[0] or tensor.device != leaves[0].device:
             raise ValueError(
                 f"{name} must hold tensors of one batch size on one device, got {_shape(leaves[0])} on "
-                f"{leaves[0].device} and, as {leaf(name, value, index)}, {_shape(tensor)} on {tensor.device}"
+                f"{leaves[0].device} and, as {leaf_name(name, value, index)}, {_shape(tensor)} on {tensor.device}"
             )
     return leaves, structure
 
 
-def pair(real: Any, fake: Any) -> tuple[list[Tensor], list[Tensor], Structure]:
+def real_and_fake(real: Any, fake: Any) -> tuple[list[Tensor], list[Tensor], Structure]:
     """Two batches of samples of one structure, shape, dtype and device: nothing is broadcast, promoted or moved."""
-    if _is_sound(real) and isinstance(fake, Tensor) and _are_alike(real, fake):  # the usual case, in one go
+    if _is_valid(real) and isinstance(fake, Tensor) and _are_alike(real, fake):  # the usual case
         return [real], [fake], None
     reals, structure = samples("real", real)
     fakes, fake_structure = samples("fake", fake)
     if structure is not None or fake_structure is not None:
-        fakes = structured_as(reals, structure, "real", real, "fake", fake)
+        fakes = matching_leaves(reals, structure, "real", real, "fake", fake)
     for index, (x, y) in enumerate(zip(reals, fakes, strict=True)):
         if _are_alike(x, y):
             continue
-        names = " and ".join(leaf(name, real, index) for name in ("real", "fake"))
+        names = " and ".join(leaf_name(name, real, index) for name in ("real", "fake"))
         if x.shape != y.shape:
             raise ValueError(f"{names} must have one shape, got {_shape(x)} and {_shape(y)}")
         if x.dtype != y.dtype:
@@ -64,7 +63,7 @@ def pair(real: Any, fake: Any) -> tuple[list[Tensor], list[Tensor], Structure]:
     return reals, fakes, structure
 
 
-def structured_as(
+def matching_leaves(
     model: list[Tensor], structure: Structure, model_name: str, model_value: Any, name: str, value: Any
 ) -> list[Any]:
     """The parts of `value`, one for each tensor of `model`, dicts matched by their keys."""
@@ -85,7 +84,7 @@ def structured_as(
     return parts
 
 
-def rebuilt(tensors: list[Tensor], structure: Structure) -> Any:
+def rebuild(tensors: list[Tensor], structure: Structure) -> Any:
     """The caller's structure, with these tensors in it."""
     if structure is None:
         return tensors[0]
@@ -98,8 +97,8 @@ def _flattened(value: Any) -> tuple[list[Any], Structure]:
     return tree_flatten(value)
 
 
-def positive(name: str, value: Any) -> int:
-    """A whole number from 1."""
+def positive_int(name: str, value: Any) -> int:
+    """An integer from 1 on."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
@@ -128,7 +127,7 @@ def alpha(value: Any, rows: int, reals: Sequence[Tensor]) -> Tensor:
             f"for all, got {_shape(value)}"
         )
     column = value if value.ndim == 2 else value.reshape(rows, 1) if value.ndim else value.expand(rows, 1)
-    if column.dtype != dtype or not column.is_contiguous():  # asking is cheaper than converting
+    if column.dtype != dtype or not column.is_contiguous():  # the check is cheaper than a conversion that does nothing
         column = column.to(dtype).contiguous()
     return column.resolve_neg()
 
@@ -144,7 +143,7 @@ def generator(value: Any, device: torch.device) -> None:
 
 
 def critic(value: Any, args: Any, kwargs: Any) -> None:
-    """A callable, and what else it is called with."""
+    """A callable, and its further arguments."""
     if not callable(value):
         raise TypeError(f"critic must be callable, got {type(value).__name__}")
     if not isinstance(args, (tuple, list)):
@@ -176,13 +175,13 @@ def scores(value: Any, rows: int) -> None:
 
 
 def outputs(value: Any) -> tuple[list[Tensor], Structure]:
-    """What a critic gave back: floating tensors, whatever their shapes."""
+    """What a critic returned: floating tensors of any shapes."""
     leaves, structure = ([value], None) if isinstance(value, Tensor) else _flattened(value)
     for index, output in enumerate(leaves):
         if not isinstance(output, Tensor):
-            raise TypeError(f"{leaf('outputs', value, index)} must be a torch.Tensor, got {type(output).__name__}")
+            raise TypeError(f"{leaf_name('outputs', value, index)} must be a torch.Tensor, got {type(output).__name__}")
         if not output.is_floating_point():
-            raise TypeError(f"{leaf('outputs', value, index)} must be a floating tensor, got {output.dtype}")
+            raise TypeError(f"{leaf_name('outputs', value, index)} must be a floating tensor, got {output.dtype}")
     if not leaves:
         raise ValueError(f"outputs must hold at least one tensor, got an empty {type(value).__name__}")
     return leaves, structure
@@ -190,19 +189,19 @@ def outputs(value: Any) -> tuple[list[Tensor], Structure]:
 
 def output_weights(value: Any, outputs: Any, tensors: list[Tensor], structure: Structure) -> list[Any]:
     """One weight per output: a number, or a tensor of the output's shape."""
-    factors = structured_as(tensors, structure, "outputs", outputs, "output_weights", value)
+    factors = matching_leaves(tensors, structure, "outputs", outputs, "output_weights", value)
     for index, (factor, output) in enumerate(zip(factors, tensors, strict=True)):
         if not isinstance(factor, Tensor):
             factors[index] = number("output_weights", factor)
         elif factor.shape not in (output.shape, ()) or factor.device != output.device or factor.dtype not in FLOATING:
             raise ValueError(
-                f"{leaf('output_weights', outputs, index)} must be a number or a floating tensor of the output's "
+                f"{leaf_name('output_weights', outputs, index)} must be a number or a floating tensor of the output's "
                 f"{_shape(output)} on {output.device}, got {_shape(factor)} of {factor.dtype} on {factor.device}"
             )
     return factors
 
 
-def options(
+def penalty_form(
     tensors: Sequence[Tensor],
     target: Any,
     one_sided: Any,
@@ -213,13 +212,13 @@ def options(
     group_size: Any = 1,
     squared: Any = False,
 ) -> PenaltyForm:
-    """The penalty these options mean for these samples, nothing being scaled."""
+    """The penalty that these options mean for these samples, with nothing scaled."""
     given = (tensors[0].shape[0], group_size, target, one_sided, squared, eps, weight, reduction, return_norms)
     if torch.compiler.is_dynamo_compiling():
         return _form(*given)
     try:
         return _known_form(*given)
-    except TypeError:  # one of them is of a wrong kind, or one that cannot be remembered
+    except TypeError:  # one of them is of a wrong type, or cannot be hashed
         return _form(*given)
 
 
@@ -230,7 +229,7 @@ def method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error
         return _method(*given)
     try:
         return _known_method(*given)
-    except TypeError:  # one of them is of a wrong kind, or one that cannot be remembered
+    except TypeError:  # one of them is of a wrong type, or cannot be hashed
         return _method(*given)
 
 
@@ -242,20 +241,20 @@ def _method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_erro
             raise ValueError(f"step is of method='directional', got it with method={name!r}")
         step = number("step", step, above=0)
     if chunk_size is not None:
-        chunk_size = positive("chunk_size", chunk_size)
+        chunk_size = positive_int("chunk_size", chunk_size)
     flag("allow_kinks", allow_kinks)
     flag("return_error", return_error)
     return Method(name, step, chunk_size, allow_kinks)
 
 
-# As with the options: checking them again at every step costs as much as an operation.
+# As with the form: validation at every step would cost as much as an operation.
 _known_method = lru_cache(maxsize=64, typed=True)(_method)
 
 
-def own_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> tuple[PenaltyForm, float | Tensor]:
-    """The factor that we are to multiply scores by, as a number of 8 bits, and the form that takes it out again.
+def score_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> tuple[PenaltyForm, float | Tensor]:
+    """The form with the factor on the scores, and the factor itself, rounded to 8 bits.
 
-    So every floating type holds it exactly, whatever types the scores have, and it is taken out as it was put in.
+    Every floating type then holds it exactly, so that it is divided out just as it was multiplied in.
     """
     scale = _grad_scale(value, tensors[0].device)
     if isinstance(scale, Tensor):
@@ -267,20 +266,20 @@ def own_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> tuple
     return _unscaled(form, scale, tensors), scale
 
 
-def callers_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> PenaltyForm:
-    """The form that takes out the factor which these gradients already have."""
+def gradient_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> PenaltyForm:
+    """The form with the factor that these gradients already have."""
     return _unscaled(form, _grad_scale(value, tensors[0].device), tensors)
 
 
 def _grad_scale(value: Any, device: torch.device) -> float | Tensor:
-    """The factor on the scores: a number, or a tensor of no dimensions that nobody has read yet."""
+    """The factor on the scores: a number, or a tensor of no dimensions, which is not read from the device."""
     if isinstance(value, torch.amp.GradScaler):
         if torch.compiler.is_dynamo_compiling():
             raise ValueError(
                 "grad_scale must be a number or a tensor under torch.compile, which cannot trace a GradScaler: give "
                 "what scaler.scale(torch.ones(())) is, called outside"
             )
-        return value.scale(torch.ones((), device=device))  # its public way to tell, and it waits for no device
+        return value.scale(torch.ones((), device=device))  # its public interface, without a synchronisation
     if not isinstance(value, Tensor):
         if isinstance(value, Real):
             return number("grad_scale", value, above=0)
@@ -319,7 +318,7 @@ def _form(
     flag("return_norms", return_norms)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    group_size = positive("group_size", group_size)
+    group_size = positive_int("group_size", group_size)
     if batch % group_size:
         raise ValueError(f"group_size must divide the batch, got {group_size} for {batch} samples")
     rows = batch // group_size
@@ -335,15 +334,15 @@ def _form(
     )
 
 
-# A loop calls with the same options every time, and checking them again costs as much as three operations on a GPU.
-# Typed, because 1 is no flag but equals True.
+# A loop calls with the same options every time, and validating them again costs as much as three operations on a GPU.
+# Typed, because 1 is not a flag but equals True.
 _known_form = lru_cache(maxsize=256, typed=True)(_form)
 
 
 def number(name: str, value: Any, minimum: float = -math.inf, above: float = -math.inf) -> float:
-    """A finite real number, Python's or numpy's."""
+    """A finite real number of Python or NumPy."""
     if type(value) is float and minimum <= value < math.inf and value > above:
-        return value  # the usual case, cheaply
+        return value  # the usual case
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
@@ -357,17 +356,17 @@ def number(name: str, value: Any, minimum: float = -math.inf, above: float = -ma
 
 
 def flag(name: str, value: Any) -> None:
-    """True or False, nothing that merely counts as one of them."""
+    """True or False itself, nothing that is only truthy."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def leaf(name: str, value: Any, index: int) -> str:
+def leaf_name(name: str, value: Any, index: int) -> str:
     """How the caller would write that tensor: real, real[0], real['image']."""
     return name + keystr(tree_flatten_with_path(value)[0][index][0])
 
 
-def _is_sound(value: Any) -> bool:
+def _is_valid(value: Any) -> bool:
     """A non-empty, dense, floating tensor with the batch in front."""
     return (
         isinstance(value, Tensor)
@@ -379,8 +378,8 @@ def _is_sound(value: Any) -> bool:
     )
 
 
-def _flaw(name: str, value: Any) -> Exception:
-    """What is not sound about it."""
+def _invalid(name: str, value: Any) -> Exception:
+    """The error for a tensor that is not valid."""
     if not isinstance(value, Tensor):
         return TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:
@@ -394,14 +393,14 @@ def _flaw(name: str, value: Any) -> Exception:
     return ValueError(f"{name} must hold at least one sample of at least one element, got {_shape(value)}")
 
 
-def _are_alike(sound: Tensor, other: Tensor) -> bool:
-    """Then the other is sound as well."""
+def _are_alike(valid: Tensor, other: Tensor) -> bool:
+    """If so, the other is valid as well."""
     return (
         not other.is_nested
         and other.layout == torch.strided
-        and sound.shape == other.shape
-        and sound.dtype == other.dtype
-        and sound.device == other.device
+        and valid.shape == other.shape
+        and valid.dtype == other.dtype
+        and valid.device == other.device
     )
 
 

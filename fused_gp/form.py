@@ -1,18 +1,20 @@
-"""Which penalty of a norm is meant: the one record that both backends receive."""
+"""The records of what was asked: which penalty of the norm, and by which method its gradient reaches the weights."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+METHODS = ("double_backward", "compiled", "directional", "auto")
+
 
 class PenaltyForm(NamedTuple):
-    """The numbers in the formulas of `kernels/norm_penalty.py`, validated.
+    """The numbers in the formulas of `kernels/norm_penalty.py`, validated. Both backends receive it.
 
-    rows       how many norms there are: the samples, or the groups of them
+    rows       the number of norms: of the samples, or of the groups of them
     squared    phi = n^2 without root or eps; target, eps and one_sided then mean nothing
     kappa      1 / grad_scale, a number or a tensor of one element; None where nothing was scaled
-    scale      what the sum over rows (reduce) or each row (otherwise) is multiplied by
+    scale      the factor on the sum over the rows (reduce) or on each row (otherwise)
     """
 
     rows: int
@@ -25,6 +27,15 @@ class PenaltyForm(NamedTuple):
     reduce: bool
 
 
+class Method(NamedTuple):
+    """The options of `fused_gradient_penalty` that have these names, validated."""
+
+    name: str
+    step: float | None
+    chunk_size: int | None
+    allow_kinks: bool
+
+
 def accumulation_type(*dtypes: torch.dtype) -> torch.dtype:
-    """Half-precision sums overflow (12,288 fp16 gradients of 10 do), so they are taken in fp32; fp64 stays fp64."""
+    """fp32, since half-precision sums overflow (12,288 fp16 gradients of 10 do); fp64 where one of them is fp64."""
     return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -179,9 +179,9 @@ def _penalty(
     gradients: list[torch.Tensor], orders: Sequence[str] = ("forward", "backward", "double"), one_sided: bool = False,
     squared: bool = False, reduction: str = "mean", grad_scale: Any = None,
 ) -> None:  # fmt: skip
-    form = arguments.options(gradients, 1.0, one_sided, 1e-12, 1.0, reduction, False, squared=squared)
+    form = arguments.penalty_form(gradients, 1.0, one_sided, 1e-12, 1.0, reduction, False, squared=squared)
     if grad_scale is not None:
-        form = arguments.callers_scale(form, grad_scale, gradients)
+        form = arguments.gradient_scale(form, grad_scale, gradients)
     norms = torch.empty(form.rows, dtype=accumulation_type(*[g.dtype for g in gradients]))
     upstream = norms.new_empty(()) if form.reduce else norms
     if "forward" in orders:

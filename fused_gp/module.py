@@ -65,11 +65,11 @@ class GradientPenalty(torch.nn.Module):
         if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
             raise TypeError(f"options must be of {_name(penalty)}: {', '.join(known)}; got {', '.join(unknown)}")
         self.penalty = penalty
-        self.every = arguments.positive("every", every)
+        self.every = arguments.positive_int("every", every)
         arguments.flag("compensate", compensate)
         self.compensate = compensate
         self.options = options
-        self.calls = 0  # in training mode; a Python number, so that deciding to skip waits for no device
+        self.calls = 0  # in training mode; a Python number, so that skipping does not synchronise with the device
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         options = self.options | options
@@ -84,17 +84,17 @@ class GradientPenalty(torch.nn.Module):
         due = self.calls % self.every == 0
         if not due:
             self.calls += 1
-            return self._nothing(inputs, options)
+            return self._skipped(inputs, options)
         result = self.penalty(*inputs, **options)
-        self.calls += 1  # only now: a call that raised does not count
+        self.calls += 1  # here, so that a call that raised does not count
         if not self.compensate:
             return result
         if isinstance(result, tuple):
             return (result[0] * self.every, *result[1:])
         return result * self.every
 
-    def _nothing(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Zero on the device of the samples, which can be added to a loss or be one."""
+    def _skipped(self, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Zero on the device of the samples, which can be added to a loss, or be the loss."""
         device = next((t.device for t in tree_leaves((inputs, options)) if isinstance(t, torch.Tensor)), None)
         zero = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
         others = [None for name in ("return_norms", "return_error") if options.get(name)]

@@ -6,15 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, graph, methods, reference
-from .backends import backend_for
-from .double_backward import OnlyOnce, twice_differentiable
-from .findings import Findings, findings_by
-from .input_gradient import cotangent, input_gradients
-from .interpolation import interpolate_rows
-from .method import Method
-from .norm_penalty import penalise_rows
-from .question import Answer, Question
+from . import arguments, reference
+from .critics.autograd_graph import reached_leaves
+from .critics.critic import profile_by_parameter
+from .critics.profile import CriticProfile
+from .form import Method
+from .methods import choice
+from .methods.critic_call import CriticCall, PenaltyPoints, PenaltyResult
+from .methods.double_backward import NotTwiceDifferentiable, twice_differentiable_gradients
+from .methods.input_gradients import cotangent, input_gradients
+from .ops.backends import backend_for
+from .ops.interpolation import interpolate_rows
+from .ops.norm_penalty import norm_penalty_rows
 
 
 def fused_gradient_penalty(
@@ -57,27 +60,27 @@ def fused_gradient_penalty(
     Args:
         critic: callable that takes the interpolated samples and returns one tensor with at least one score per
             sample: (B,), (B, 1), or a map of patches. All its elements are summed. It runs once, except where `method`
-            or `chunk_size` says otherwise, and some more times in its first call with these, to be looked at.
+            or `chunk_size` says otherwise, and some more times in its first call with these, to see what it does.
         real: (B, ...) fp16, bf16, fp32 or fp64, any number of dimensions from 1, any memory format. Or a tuple, list
             or dict of such tensors with one B, nested as you like: each sample has one alpha and one norm over all of
             them, and the critic is called with the same structure as its one argument (``lambda x: critic(*x)`` takes
             a tuple apart). A tensor that the critic ignores counts as gradient zero.
         fake: the same, of the same shape, dtype and device. Detach it in the critic's step; attached to a generator,
             the penalty's gradient flows into it.
-        alpha: where between real (0) and fake (1), instead of at random: a number in [0, 1], or a floating tensor of
-            shape (), (B,) or (B, 1, ..., 1).
-        generator: where alpha is drawn from, exactly as ``torch.rand(B, 1, ..., 1, generator=generator)`` draws it,
-            before the critic runs. Codes with alpha on *real* get the same numbers with real and fake swapped.
+        alpha: the place between real (0) and fake (1), instead of a random one: a number in [0, 1], or a floating
+            tensor of shape (), (B,) or (B, 1, ..., 1).
+        generator: draws alpha, exactly as ``torch.rand(B, 1, ..., 1, generator=generator)`` does, before the critic
+            runs. Codes with alpha on *real* get the same numbers with real and fake swapped.
         target: the norm t to reach, >= 0. With 0, zero-centred: the squared norm itself, without root or eps.
         one_sided: penalise only norms above the target, max(n - t, 0)^2 (WGAN-LP).
         eps: added inside the root, >= 0; with 0 a zero gradient has derivative zero, not NaN.
         weight: the coefficient of the penalty, often called lambda.
         reduction: "mean", "sum" or "none" over the samples.
         group_size: p consecutive samples, which the critic judges as one, have one alpha and one norm (PacGAN). B must
-            be a multiple; read B / p for B wherever alpha, norms or scores are meant.
+            be a multiple of p; alpha, norms and scores then have B / p rows.
         grad_scale: multiply the scores by this before the input gradient, against underflow in fp16, and divide
-            again inside the norm. A number > 0, a floating tensor of one element, or the GradScaler itself; neither of
-            the last two is waited for. It is rounded to 8 bits, which powers of two are not changed by.
+            again inside the norm. A number > 0, a floating tensor of one element, or the GradScaler itself, without a
+            synchronisation with the device. It is rounded to 8 bits, which does not change powers of two.
         critic_args, critic_kwargs: further arguments of the critic, such as labels.
         method: how the penalty's gradient reaches the weights; its value is the same, and exact, by all of them.
 
@@ -129,34 +132,34 @@ def fused_gradient_penalty(
     of Generative Adversarial Networks", 2019; groups: Lin et al., "PacGAN", 2018.
     """
     arguments.critic(critic, critic_args, critic_kwargs)
-    reals, fakes, structure = arguments.pair(real, fake)
+    reals, fakes, structure = arguments.real_and_fake(real, fake)
     first = reals[0]
-    form = arguments.options(reals, target, one_sided, eps, weight, reduction, return_norms, group_size)
+    form = arguments.penalty_form(reals, target, one_sided, eps, weight, reduction, return_norms, group_size)
     if grad_scale is not None:
-        form, grad_scale = arguments.own_scale(form, grad_scale, reals)
+        form, grad_scale = arguments.score_scale(form, grad_scale, reals)
     if generator is not None:
         arguments.generator(generator, first.device)
         if alpha is not None:
             raise ValueError("generator draws alpha, so give one of the two, got both alpha and generator")
-    how = arguments.method(method, step, chunk_size, allow_kinks, return_error)
+    chosen_method = arguments.method(method, step, chunk_size, allow_kinks, return_error)
     ops = backend_for(backend, first)
     if alpha is None:
-        # Before the critic runs: its dropout must not come between the seed and alpha. In the default dtype, as
-        # everybody's torch.rand(B, 1, 1, 1), which draws the same numbers: a seed means the same here and there.
-        # Named only where given: with the keyword, even as None, torch.compile cannot trace a batch of variable size.
-        drawn_from: dict[str, Any] = {} if generator is None else {"generator": generator}
-        column = torch.rand((form.rows, 1), device=first.device, **drawn_from)
+        # Before the critic runs: its dropout must not draw between the seed and alpha. In the default dtype, as the
+        # usual torch.rand(B, 1, 1, 1), which draws the same numbers from the same seed. Without a generator the keyword
+        # is left out: with it, even as None, torch.compile cannot trace a batch of variable size.
+        keyword: dict[str, Any] = {} if generator is None else {"generator": generator}
+        column = torch.rand((form.rows, 1), device=first.device, **keyword)
     else:
         column = arguments.alpha(alpha, form.rows, reals)
-    question = Question(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
-    answer = methods.penalise(question, [*reals, *fakes, column], _between, how)
-    return answer.returned(return_norms, return_error)
+    call = CriticCall(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
+    points = PenaltyPoints([*reals, *fakes, column], _interpolated)
+    return choice.compute_penalty(call, points, chosen_method).returned(return_norms, return_error)
 
 
-def _between(sources: Sequence[Tensor], ops: Any) -> list[Tensor]:
-    """Points on the lines from the first half of these to the second, by the last, alpha."""
-    half = len(sources) // 2
-    return interpolate_rows(sources[:half], sources[half:-1], sources[-1], ops)
+def _interpolated(batch: Sequence[Tensor], ops: Any) -> list[Tensor]:
+    """x_hat, of a batch of reals, fakes and alpha."""
+    half = len(batch) // 2
+    return interpolate_rows(batch[:half], batch[half:-1], batch[-1], ops)
 
 
 def dragan_penalty(
@@ -210,7 +213,7 @@ def dragan_penalty(
         raise ValueError("real must hold at least two elements to have a standard deviation, got one")
     noisy = [x + noise_scale * x.std() * _uniform(x, generator) for x in reals]
     return fused_gradient_penalty(
-        critic, real, arguments.rebuilt(noisy, structure), alpha=alpha, generator=generator if alpha is None else None,
+        critic, real, arguments.rebuild(noisy, structure), alpha=alpha, generator=generator if alpha is None else None,
         target=target, one_sided=one_sided, eps=eps, weight=weight, reduction=reduction, group_size=group_size,
         grad_scale=grad_scale, critic_args=critic_args, critic_kwargs=critic_kwargs, method=method, step=step,
         chunk_size=chunk_size, allow_kinks=allow_kinks, backend=backend, return_norms=return_norms,
@@ -219,7 +222,7 @@ def dragan_penalty(
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The same numbers either way; vmap knows what to do with the first alone."""
+    """The same numbers either way, but vmap supports the first only."""
     return torch.rand_like(like) if generator is None else torch.empty_like(like).uniform_(generator=generator)
 
 
@@ -254,12 +257,12 @@ def r1_penalty(
 
     From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018.
     """
-    how = arguments.method(method, step, chunk_size, allow_kinks, return_error)
-    answer = _zero_centred(
-        critic, "real", real, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, how, backend,
-        return_norms,
+    chosen_method = arguments.method(method, step, chunk_size, allow_kinks, return_error)
+    result = _zero_centred(
+        critic, "real", real, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, chosen_method,
+        backend, return_norms,
     )  # fmt: skip
-    return answer.returned(return_norms, return_error)
+    return result.returned(return_norms, return_error)
 
 
 def r2_penalty(
@@ -289,12 +292,12 @@ def r2_penalty(
     From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018; with R1: Huang et al., "The
     GAN is dead; long live the GAN! A Modern GAN Baseline", 2024.
     """
-    how = arguments.method(method, step, chunk_size, allow_kinks, return_error)
-    answer = _zero_centred(
-        critic, "fake", fake, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, how, backend,
-        return_norms,
+    chosen_method = arguments.method(method, step, chunk_size, allow_kinks, return_error)
+    result = _zero_centred(
+        critic, "fake", fake, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, chosen_method,
+        backend, return_norms,
     )  # fmt: skip
-    return answer.returned(return_norms, return_error)
+    return result.returned(return_norms, return_error)
 
 
 def _zero_centred(
@@ -307,26 +310,26 @@ def _zero_centred(
     grad_scale: Any,
     critic_args: Sequence[Any],
     critic_kwargs: Mapping[str, Any] | None,
-    how: Method,
+    method: Method,
     backend: str,
     return_norms: bool,
-) -> Answer:
+) -> PenaltyResult:
     arguments.critic(critic, critic_args, critic_kwargs)
     samples, structure = arguments.samples(name, value)
     half = 0.5 * arguments.number("weight", weight)
-    form = arguments.options(samples, 0.0, False, 0.0, half, reduction, return_norms, group_size)
+    form = arguments.penalty_form(samples, 0.0, False, 0.0, half, reduction, return_norms, group_size)
     if grad_scale is not None:
-        form, grad_scale = arguments.own_scale(form, grad_scale, samples)
+        form, grad_scale = arguments.score_scale(form, grad_scale, samples)
     ops = backend_for(backend, samples[0])
-    question = Question(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
-    return methods.penalise(question, samples, _at, how)
+    call = CriticCall(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
+    return choice.compute_penalty(call, PenaltyPoints(samples, _new_tensors), method)
 
 
-def _at(sources: Sequence[Tensor], ops: Any) -> list[Tensor]:
-    """The samples as tensors of our own: what else the caller computes from his has no part in the gradient."""
-    if ops is reference:  # torch.func, or a compiler, sees to that
-        return list(sources)
-    return [x.view_as(x) if x.requires_grad else x.clone() if x.is_inference() else x.detach() for x in sources]
+def _new_tensors(batch: Sequence[Tensor], ops: Any) -> list[Tensor]:
+    """The samples as tensors of our own: the input gradient does not include what else the caller computes from his."""
+    if ops is reference:  # torch.func makes its own
+        return list(batch)
+    return [x.view_as(x) if x.requires_grad else x.clone() if x.is_inference() else x.detach() for x in batch]
 
 
 _GIVE_THE_CRITIC = (
@@ -390,12 +393,12 @@ def input_gradient_penalty(
     for index, x in enumerate(ins):
         if not x.requires_grad:
             raise ValueError(
-                f"{arguments.leaf('inputs', inputs, index)} must require grad since before the critic ran, got a "
+                f"{arguments.leaf_name('inputs', inputs, index)} must require grad since before the critic ran, got a "
                 "tensor that does not: call requires_grad_() on it first"
             )
-    form = arguments.options(ins, target, one_sided, eps, weight, reduction, return_norms, group_size)
+    form = arguments.penalty_form(ins, target, one_sided, eps, weight, reduction, return_norms, group_size)
     if grad_scale is not None:
-        form, grad_scale = arguments.own_scale(form, grad_scale, ins)
+        form, grad_scale = arguments.score_scale(form, grad_scale, ins)
     ops = backend_for(backend, ins[0])
     factors = [1.0] * len(outs)
     if output_weights is not None:
@@ -403,11 +406,11 @@ def input_gradient_penalty(
     cotangents = tuple([cotangent(out, grad_scale, factor) for out, factor in zip(outs, factors, strict=True)])
     if torch.is_grad_enabled() and ops is not reference:
         try:
-            found = twice_differentiable(tuple(outs), cotangents, ins, _findings_behind(outs, ins))
-        except OnlyOnce as obstacle:
+            found = twice_differentiable_gradients(tuple(outs), cotangents, ins, _profile_of_outputs(outs, ins))
+        except NotTwiceDifferentiable as error:
             raise ValueError(
                 "outputs must come from a critic that can be differentiated twice, got those of one with "
-                f"{obstacle.culprit}: {_GIVE_THE_CRITIC}"
+                f"{error.culprit}: {_GIVE_THE_CRITIC}"
             ) from None
     else:
         found = input_gradients(tuple(outs), cotangents, ins, torch.is_grad_enabled(), True)
@@ -417,12 +420,12 @@ def input_gradient_penalty(
             "outputs must depend on inputs, got outputs that do not: did the critic run on a copy of them, or under "
             "no_grad()?"
         )
-    penalty, norms = penalise_rows(gradients, form, ops)
+    penalty, norms = norm_penalty_rows(gradients, form, ops)
     return (penalty, norms) if return_norms else penalty
 
 
-def _findings_behind(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Findings:
-    """About the critic that gave these outputs, known by the first parameter behind them."""
+def _profile_of_outputs(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> CriticProfile:
+    """The profile of the critic that gave these outputs, known by the first parameter that they depend on."""
     samples = {id(x) for x in inputs}
-    parameter = next((leaf for leaf in graph.leaves_reached(outputs) if id(leaf) not in samples), None)
-    return Findings([]) if parameter is None else findings_by(parameter)
+    parameter = next((leaf for leaf in reached_leaves(outputs) if id(leaf) not in samples), None)
+    return CriticProfile([]) if parameter is None else profile_by_parameter(parameter)

@@ -1,6 +1,6 @@
 """Triton device code and its launchers: six functions on (R, N) rows, which know no autograd.
 
-Importing this package imports Triton. `fused_gp.torch_ops` holds the same six functions in plain torch.
+Importing this package imports Triton. `fused_gp.ops.torch_ops` holds the same six functions in plain torch.
 """
 
 from .interpolation import interpolate, interpolate_adjoint, interpolate_kernel, perturb

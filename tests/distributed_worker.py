@@ -27,8 +27,8 @@ from fused_gp import (
     gradient_norm_penalty,
     input_gradient_penalty,
     r1_penalty,
-    torch_ops,
 )
+from fused_gp.ops import torch_ops
 
 BATCH, WIDTH, STEPS = 16, 6, 2
 CASES = {}

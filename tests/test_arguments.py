@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fused_gp import backends, fused_gradient_penalty, gradient_norm_penalty, interpolate, torch_ops
+from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate
+from fused_gp.ops import backends, torch_ops
 
 GOOD = torch.randn(4, 3)
 

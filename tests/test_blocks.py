@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_gp import gradient_norm_penalty, interpolate, torch_ops
+from fused_gp import gradient_norm_penalty, interpolate
 from fused_gp.form import accumulation_type
+from fused_gp.ops import torch_ops
 
 
 class Sizes(TorchDispatchMode):

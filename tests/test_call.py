@@ -11,15 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_gp import (
-    backends,
-    dragan_penalty,
-    fused_gradient_penalty,
-    gradient_norm_penalty,
-    r1_penalty,
-    reference,
-    torch_ops,
-)
+from fused_gp import dragan_penalty, fused_gradient_penalty, gradient_norm_penalty, r1_penalty, reference
+from fused_gp.ops import backends, torch_ops
 
 
 def snippet(critic, real, fake):

@@ -18,8 +18,10 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import fused_gp
-from fused_gp import findings, fused_gradient_penalty, graph, r1_penalty, reference
-from fused_gp.partition import AllInForward
+from fused_gp import fused_gradient_penalty, r1_penalty, reference
+from fused_gp.critics import autograd_graph as graph
+from fused_gp.critics import critic as known_critics
+from fused_gp.methods.partition import GradientInForward
 
 from conftest import COMPILES, Graphs
 
@@ -241,7 +243,7 @@ def test_gradients_on_another_device_than_the_penalty(device):
     nodes.output([penalty, gradient])
     for node in nodes.nodes:
         node.meta["val"] = torch.ones(3, device=device) if node in (weight, gradient) else torch.ones(())
-    _, backward = AllInForward(False)(torch.fx.GraphModule({}, nodes), [], num_fwd_outputs=1)
+    _, backward = GradientInForward(False)(torch.fx.GraphModule({}, nodes), [], num_fwd_outputs=1)
     (product,) = backward.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
     assert (product.args[0].name == weight.name) == (device == "meta")
 
@@ -412,7 +414,7 @@ def test_forgotten_with_its_critic(graphs, wrap):
     for size in (5, 6):
         fused_gradient_penalty(wrap(critic), *pair(size), method="compiled").backward()
     gone = [weakref.ref(critic)]
-    for found in findings._known[critic].values():
+    for found in known_critics._profiles[critic].values():
         gone += [
             weakref.ref(run.__wrapped__) for kept in found.compiled.values() for run in (kept.fixed, kept.variable)
         ]

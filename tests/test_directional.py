@@ -14,17 +14,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils._pytree import tree_map
 
 import fused_gp
-from fused_gp import (
-    GradientPenalty,
-    directional,
-    fused_gradient_penalty,
-    graph,
-    kernels,
-    r1_penalty,
-    reference,
-    torch_ops,
-)
-from fused_gp.directional import SPACING
+from fused_gp import GradientPenalty, fused_gradient_penalty, kernels, r1_penalty, reference
+from fused_gp.critics import autograd_graph as graph
+from fused_gp.methods import directional
+from fused_gp.methods.directional import SPACING
+from fused_gp.ops import torch_ops
 
 from conftest import PLACES
 
@@ -330,7 +324,7 @@ def enlarged(critic, factor):
 )
 def test_which_step_the_trial_takes(quotients, chosen):
     """The middle one of three steps whose quotients agree best."""
-    steps = dict(zip(directional.LADDER, quotients, strict=True))
+    steps = dict(zip(directional.STEP_LADDER, quotients, strict=True))
 
     class Stencil:
         def ends(self, column, attached):
@@ -341,8 +335,8 @@ def test_which_step_the_trial_takes(quotients, chosen):
         def scores(self, end):
             return torch.tensor([end * steps[abs(end)]])
 
-    found = directional._trial(Question(), Stencil(), torch.ones(()), spacing=1.0)
-    assert math.isnan(found) if chosen is None else found == directional.LADDER[chosen]
+    found = directional._best_step(Question(), Stencil(), torch.ones(()), spacing=1.0)
+    assert math.isnan(found) if chosen is None else found == directional.STEP_LADDER[chosen]
 
 
 def test_the_trial_is_made_again_when_the_critic_has_changed(monkeypatch):
@@ -351,7 +345,7 @@ def test_the_trial_is_made_again_when_the_critic_has_changed(monkeypatch):
     runs = []
     net = mlp()
     net.register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
-    trial = 2 * len(directional.LADDER)
+    trial = 2 * len(directional.STEP_LADDER)
 
     def call(scale=1.0):
         runs.clear()
@@ -403,7 +397,7 @@ def test_the_step_follows_the_type_that_the_critic_computes_in(monkeypatch):
         return steps.pop()
 
     plain = conv()
-    monkeypatch.setattr(directional, "LADDER", [0.3, 0.3, 0.3])  # the trial has one choice
+    monkeypatch.setattr(directional, "STEP_LADDER", [0.3, 0.3, 0.3])  # the trial has one choice
     default = {dtype: pytest.approx(0.3 * spacing ** (1 / 3), rel=0.05) for dtype, spacing in SPACING.items()}
     assert step(plain) == default[torch.float32]
     assert step(plain, autocast=torch.bfloat16) == default[torch.bfloat16]

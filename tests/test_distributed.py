@@ -31,9 +31,9 @@ REFUSED = {
     "it takes the input gradient for the whole of the first backward, and would never reduce the weights' gradients",
     "compiled": "ValueError: method='compiled' cannot reach the hooks of DDP and FSDP from inside its graph, got such "
     "a critic: use method='directional', or 'double_backward' under DDP, and leave the call out of torch.compile",
-    "sharded twice": "OnlyOnce: method='double_backward' must differentiate the critic twice, and found FSDP, which "
-    "frees the weights and reduces their gradients in the first backward, that of the input gradient. Use "
-    "method='directional'.",
+    "sharded twice": "NotTwiceDifferentiable: method='double_backward' must differentiate the critic twice, and "
+    "found FSDP, which frees the weights and reduces their gradients in the first backward, that of the input "
+    "gradient. Use method='directional'.",
     "sharded chunks": "ValueError: chunk_size must be None under FSDP, whose hooks run in the critic's own backward, "
     "got one: use method='directional' without it",
 }

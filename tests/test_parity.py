@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference, torch_ops
+from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference
 from fused_gp.form import accumulation_type
-from fused_gp.rows import storage_order, to_rows
+from fused_gp.ops import torch_ops
+from fused_gp.ops.rows import storage_order, to_rows
 
 from conftest import PLACES, Place
 from tolerances import assert_near, row

@@ -23,8 +23,8 @@ from fused_gp import (
     r2_penalty,
     reference,
 )
-from fused_gp.evaluations import Evaluations
-from fused_gp.findings import Findings
+from fused_gp.critics.critic import Critic
+from fused_gp.methods.reruns import Reruns
 
 from conftest import COMPILES, Graphs
 
@@ -500,8 +500,8 @@ def test_a_capture_cannot_rewind_the_generator(monkeypatch):
     """Said before the generator does, in words that help."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match="a CUDA graph cannot capture critics that run again"):
-        Evaluations(Findings([]), torch.device("cuda"))
-    Evaluations(Findings([]), torch.device("cpu"))
+        Reruns(Critic(nn.Identity()), torch.device("cuda"))
+    Reruns(Critic(nn.Identity()), torch.device("cpu"))
 
 
 def captured_step(penalise, *inputs):

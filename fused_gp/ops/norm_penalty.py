@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, reference
+from .. import arguments, reference
+from ..form import PenaltyForm, accumulation_type
 from .backends import backend_for
-from .form import PenaltyForm, accumulation_type
 from .rows import storage_order, to_rows, unit_stride
 
 
@@ -66,14 +66,14 @@ def gradient_norm_penalty(
     actually Converge?", 2018 (squared).
     """
     tensors, _ = arguments.samples("gradients", gradients)
-    form = arguments.options(tensors, target, one_sided, eps, weight, reduction, return_norms, squared=squared)
+    form = arguments.penalty_form(tensors, target, one_sided, eps, weight, reduction, return_norms, squared=squared)
     if grad_scale is not None:
-        form = arguments.callers_scale(form, grad_scale, tensors)
-    penalty, norms = penalise_rows(tensors, form, backend_for(backend, tensors[0]))
+        form = arguments.gradient_scale(form, grad_scale, tensors)
+    penalty, norms = norm_penalty_rows(tensors, form, backend_for(backend, tensors[0]))
     return (penalty, norms) if return_norms else penalty
 
 
-def penalise_rows(gradients: Sequence[Tensor], form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
+def norm_penalty_rows(gradients: Sequence[Tensor], form: PenaltyForm, ops: Any) -> tuple[Tensor, Tensor]:
     """The op on checked arguments: penalty and norms, one norm per row over all the tensors."""
     if ops is reference:
         return reference.gradient_norm_penalty(
@@ -84,7 +84,7 @@ def penalise_rows(gradients: Sequence[Tensor], form: PenaltyForm, ops: Any) -> t
     rows = [to_rows(g, storage_order(g), form.rows) for g in gradients]
     if torch.is_grad_enabled() and any([g.requires_grad for g in rows]):
         return NormPenalty.apply(form, ops, *rows)
-    return ops.penalty_forward(rows, form)  # a value to look at: no graph to pay for
+    return ops.penalty_forward(rows, form)  # no graph where none is needed
 
 
 class NormPenalty(torch.autograd.Function):
@@ -95,7 +95,7 @@ class NormPenalty(torch.autograd.Function):
         ctx.form, ctx.ops = form, ops
         penalty, norms = ops.penalty_forward(gradients, form)
         ctx.mark_non_differentiable(norms)
-        ctx.set_materialize_grads(False)  # nobody needs zeros for the norms
+        ctx.set_materialize_grads(False)  # no zeros for the norms
         ctx.save_for_backward(norms, *gradients)
         return penalty, norms
 
@@ -112,7 +112,7 @@ class NormPenalty(torch.autograd.Function):
 
 
 class NormPenaltyBackward(torch.autograd.Function):
-    """dg = a scale kappa^2 w g. `norms` is a function of `gradients`, and no input of its own."""
+    """dg = a scale kappa^2 w g. `norms` depends on `gradients`: it is not an input of its own."""
 
     @staticmethod
     def forward(
@@ -125,7 +125,7 @@ class NormPenaltyBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         norms, upstream, *gradients = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody will differentiate a third time
+        if torch.is_grad_enabled():  # to be differentiated a third time
             gradients_grads, upstream_grad = differentiable_double_backward(gradients, upstream, cotangents, ctx.form)
         else:
             rows = [unit_stride(cotangent) for cotangent in cotangents]
@@ -145,7 +145,7 @@ def differentiable_double_backward(
     us = [u.to(dtype) * kappa for u in cotangents]
     s = torch.stack([(g * u).sum(1) for g, u in zip(gs, us, strict=True)]).sum(0)
     if form.squared:
-        w, bends = torch.full_like(s, 2.0), None
+        w, curvatures = torch.full_like(s, 2.0), None
     else:
         n_squared = torch.stack([g.square().sum(1) for g in gs]).sum(0) + form.eps
         n = torch.where(n_squared == 0, 1.0, n_squared).sqrt()  # no root of zero: its derivative would be NaN below
@@ -153,12 +153,12 @@ def differentiable_double_backward(
         w = torch.where(flat, 0.0, 2 * (n - form.target) / n)
         # (w'/n) s g = (2 t / n) (s / n) (g / n), in this order: 2 t / n^3 alone overflows for small n.
         inverse = torch.where(flat, 0.0, 1 / n)
-        bend = (2 * form.target * inverse * (s * inverse))[:, None]
-        bends = [bend * (g * inverse[:, None]) for g in gs]
+        curvature = (2 * form.target * inverse * (s * inverse))[:, None]
+        curvatures = [curvature * (g * inverse[:, None]) for g in gs]
     a = (upstream * (form.scale * kappa)).expand_as(s)[:, None]
     slopes = [w[:, None] * u for u in us]
-    if bends is not None:
-        slopes = [slope + bend for slope, bend in zip(slopes, bends, strict=True)]
+    if curvatures is not None:
+        slopes = [slope + bend for slope, bend in zip(slopes, curvatures, strict=True)]
     gradients_grads = [(a * slope).to(g.dtype) for g, slope in zip(gradients, slopes, strict=True)]
     upstream_grad = form.scale * w * s
     return gradients_grads, upstream_grad.sum() if form.reduce else upstream_grad

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, reference, torch_ops
+from .. import arguments, reference
+from ..form import accumulation_type
+from . import torch_ops
 from .backends import backend_for
-from .form import accumulation_type
 from .rows import from_rows, storage_order, to_rows, unit_stride
 
 
@@ -38,9 +39,9 @@ def interpolate(real: Any, fake: Any, alpha: Tensor | float, *, backend: str = "
 
     From Gulrajani et al., "Improved Training of Wasserstein GANs", 2017, algorithm 1.
     """
-    reals, fakes, structure = arguments.pair(real, fake)
+    reals, fakes, structure = arguments.real_and_fake(real, fake)
     column = arguments.alpha(alpha, reals[0].shape[0], reals)
-    return arguments.rebuilt(interpolate_rows(reals, fakes, column, backend_for(backend, reals[0])), structure)
+    return arguments.rebuild(interpolate_rows(reals, fakes, column, backend_for(backend, reals[0])), structure)
 
 
 def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Tensor, ops: Any) -> list[Tensor]:
@@ -52,14 +53,14 @@ def interpolate_rows(reals: Sequence[Tensor], fakes: Sequence[Tensor], alpha: Te
     for real, fake in zip(reals, fakes, strict=True):
         dtype = accumulation_type(real.dtype)
         column = alpha if alpha.dtype == dtype else alpha.to(dtype)
-        if ops is torch_ops and real.dtype == dtype:  # one operation, in any memory format, which autograd knows
+        if ops is torch_ops and real.dtype == dtype:  # one differentiable operation for any memory format
             x_hats.append(torch.lerp(real, fake, _for_samples(column, real)))
             continue
         order = storage_order(real)
         real_rows, fake_rows = to_rows(real, order, rows), to_rows(fake, order, rows)
         if torch.is_grad_enabled() and (real.requires_grad or fake.requires_grad or alpha.requires_grad):
             x_hat = Interpolate.apply(real_rows, fake_rows, column, ops)
-        else:  # the critic's step: nothing to differentiate, and no graph to pay for
+        else:  # the critic's step: nothing to differentiate, so no graph
             x_hat = ops.interpolate(real_rows, fake_rows, column)
         x_hats.append(from_rows(x_hat, order, real))
     return x_hats
@@ -76,12 +77,12 @@ def _for_samples(column: Tensor, samples: Tensor) -> Tensor:
 
 
 class Interpolate(torch.autograd.Function):
-    """Linear in (real, fake): its backward is the adjoint below, whose backward is this again, so every order is."""
+    """Linear in (real, fake): its backward is the adjoint below, whose backward is this again, for every order."""
 
     @staticmethod
     def forward(ctx: Any, real: Tensor, fake: Tensor, alpha: Tensor, ops: Any) -> Tensor:
         ctx.ops = ops
-        # real and fake are needed for the gradient of alpha only, which hardly anybody asks for.
+        # real and fake are needed for the gradient of alpha only, which is rarely asked for.
         ctx.save_for_backward(alpha, *((real, fake) if ctx.needs_input_grad[2] else ()))
         return ops.interpolate(real, fake, alpha)
 
@@ -126,6 +127,6 @@ class InterpolateAdjoint(torch.autograd.Function):
 
 
 def alpha_gradient(cotangent: Tensor, real: Tensor | None, fake: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """<cotangent_i, fake_i - real_i>, an absent one being zero, in torch operations that are differentiable."""
+    """<cotangent_i, fake_i - real_i>, None being zero, in differentiable torch operations."""
     span = (0 if fake is None else fake.to(dtype)) - (0 if real is None else real.to(dtype))
     return (cotangent.to(dtype) * span).sum(1, keepdim=True)

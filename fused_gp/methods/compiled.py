@@ -1,4 +1,4 @@
-"""method="compiled": the penalty of one critic and its gradient, compiled whole and kept for the next call. Exact."""
+"""method="compiled": the penalty of one critic and its gradient, compiled as one graph that is kept. Exact."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,30 +10,32 @@ from torch import Tensor
 from torch.nn import Embedding, EmbeddingBag
 from torch.utils._pytree import tree_map_only
 
-from . import functional, graph, reference
+from .. import reference
+from ..critics import autograd_graph
+from ..critics.critic import Critic
+from ..form import PenaltyForm, accumulation_type
+from . import functional
+from .critic_call import CriticCall, PenaltyResult, independent_scores_error
 from .directional import refuse_higher_order
-from .evaluations import Evaluations
-from .findings import Findings
-from .form import PenaltyForm, accumulation_type
-from .input_gradient import cotangent, input_gradients
-from .question import Answer, Question, unrelated
+from .input_gradients import cotangent, input_gradients
+from .reruns import Reruns
 
 
-class Kept:
-    """One penalty at samples of one shape. The batch size that came first has a graph of its own, at static speed, all
-    others share one in which it is a variable."""
+class CompiledPenalty:
+    """One penalty at samples of one shape. The first batch size has a graph of its own, as fast as static shapes are;
+    all others share one in which the batch size is a variable."""
 
     def __init__(self, batch: int, scaled: bool) -> None:
-        from .partition import AllInForward  # a part of the compiler, which is imported when it is used
+        from .partition import GradientInForward  # a part of the compiler, which is imported when it is used
 
         self.batch = batch
-        options: dict[str, Any] = {"custom_partitioner_fn": AllInForward(scaled)}
-        self.fixed = torch.compile(_fresh(_penalise), fullgraph=True, dynamic=False, options=options)
-        self.variable = torch.compile(_fresh(_penalise), fullgraph=True, options=options)
+        options: dict[str, Any] = {"custom_partitioner_fn": GradientInForward(scaled)}
+        self.fixed = torch.compile(_with_own_code(_penalty_and_norms), fullgraph=True, dynamic=False, options=options)
+        self.variable = torch.compile(_with_own_code(_penalty_and_norms), fullgraph=True, options=options)
 
 
 @torch.utils.hooks.unserializable_hook
-def _once(_: Tensor) -> None:
+def _refuse_create_graph(_: Tensor) -> None:
     """A hook on the penalty."""
     refuse_higher_order("method='compiled'")
 
@@ -41,44 +43,44 @@ def _once(_: Tensor) -> None:
 _INSTEAD = "Use method='double_backward', or, where the critic is smooth, method='directional'."
 
 
-def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -> Answer:
+def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic) -> PenaltyResult:
     """Exact, and differentiable once."""
-    refuse_hooks(bool(findings.sharded or findings.replicas))
-    form, batch, scale = question.form, points[0].shape[0], question.grad_scale
-    # Weight and grad_scale may change from step to step, and stay outside, or come in as a tensor.
+    profile = critic.profile
+    refuse_hooks(profile.sharded or bool(profile.replicas()))
+    form, batch, scale = call.form, points[0].shape[0], call.grad_scale
+    # Weight and grad_scale may change from step to step: they are applied outside, or are tensor inputs.
     plain = form._replace(rows=1, scale=1.0, kappa=None)
     group = batch // form.rows
-    key = (plain, group, scale is None, question.structure, tuple((x.shape[1:], x.dtype) for x in points))
-    kept = findings.compiled.get(key)
-    if kept is None:
+    key = (plain, group, scale is None, call.structure, tuple((x.shape[1:], x.dtype) for x in points))
+    compiled = profile.compiled.get(key)
+    if compiled is None:
         with _hooks_refused():
-            _check(question, points, findings)
-        kept = findings.compiled[key] = Kept(batch, scale is not None)
-    args, kwargs = question.args, question.kwargs
-    if batch == kept.batch:
-        run = kept.fixed
+            _check(call, points, critic)
+        compiled = profile.compiled[key] = CompiledPenalty(batch, scale is not None)
+    args, kwargs = call.args, call.kwargs
+    if batch == compiled.batch:
+        run = compiled.fixed
     else:
-        run = kept.variable
+        run = compiled.variable
         points, args, kwargs = tree_map_only(Tensor, lambda t: _of_any_batch(t, batch), (list(points), args, kwargs))
-    if scale is not None and not isinstance(scale, Tensor):  # in bf16 it is exact; filled in there, nobody waits for it
+    if scale is not None and not isinstance(scale, Tensor):  # exact in bf16; filled on the device, without a copy
         scale = torch.full((), scale, dtype=torch.bfloat16, device=points[0].device)
-    # The gradient is taken inside, and small ones would vanish in fp16: so it is that of the scaled penalty. In one
-    # dimension, since of none torch takes it for a number of Python's, and compiles twice.
+    # The gradient is taken inside, where small ones would vanish in fp16: so it is that of the scaled penalty. The
+    # factor has one dimension: without any, torch takes it for a Python number, and compiles twice.
     dtype = accumulation_type(*[x.dtype for x in points])
     upstream = None if scale is None else form.scale * scale.to(dtype).reshape(1)
     try:
         with _hooks_refused(), _everything_kept():
-            penalty, norms = run(
-                question.critic, points, question.structure, args, kwargs, scale, upstream, plain, group
-            )
+            penalty, norms = run(critic.function, points, call.structure, args, kwargs, scale, upstream, plain, group)
     except torch._dynamo.exc.TorchDynamoException as error:
-        if "would mutate a captured Tensor" in str(error):  # far down, and in another place in each version
+        if "would mutate a captured Tensor" in str(error):  # in another place of the text in each version
             raise ValueError(
                 "method='compiled' needs a critic that changes no buffer on the way from points to scores, as batch "
                 f"normalisation does in training mode, got one that does. {_INSTEAD}"
             ) from error
         words = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-        sizes = "" if run is kept.fixed else f", for batches of other sizes than the first, {kept.batch}, as well"
+        first = compiled.batch
+        sizes = "" if run is compiled.fixed else f", for batches of other sizes than the first, {first}, as well"
         raise ValueError(
             f"method='compiled' needs a critic that torch.compile can compile whole{sizes}, and it says: {words} "
             f"{_INSTEAD}"
@@ -90,13 +92,13 @@ def penalise(question: Question, points: Sequence[Tensor], findings: Findings) -
             "call belong in tensors, such as buffers"
         ) from error
     penalty = penalty * (form.scale if form.kappa is None else form.kappa)
-    if penalty.requires_grad:  # the graph knows the gradient as numbers, whose own derivative would be lost in silence
-        penalty.register_hook(_once)
-    return Answer(penalty, norms)
+    if penalty.requires_grad:  # the graph has the gradient as numbers, whose own derivative would silently be lost
+        penalty.register_hook(_refuse_create_graph)
+    return PenaltyResult(penalty, norms)
 
 
 def refuse_hooks(distributed: bool) -> None:
-    """Whoever compiles, we or the caller."""
+    """In a graph that we compile, or the caller does."""
     if distributed:
         raise ValueError(
             "method='compiled' cannot reach the hooks of DDP and FSDP from inside its graph, got such a critic: use "
@@ -104,7 +106,7 @@ def refuse_hooks(distributed: bool) -> None:
         )
 
 
-def _penalise(
+def _penalty_and_norms(
     critic: Any,
     points: list[Tensor],
     structure: Any,
@@ -119,18 +121,19 @@ def _penalise(
         rows=len(points[0]) // group,
         kappa=None if grad_scale is None else 1 / grad_scale.to(accumulation_type(*[x.dtype for x in points])),
     )
-    answer = functional.penalise(Question(critic, structure, args, kwargs, grad_scale, form, reference), points)
-    return answer.penalty if upstream is None else answer.penalty * upstream.squeeze(), answer.norms
+    call = CriticCall(critic, structure, args, kwargs, grad_scale, form, reference)
+    penalty, norms, _ = functional.compute_penalty(call, points)
+    return penalty if upstream is None else penalty * upstream.squeeze(), norms
 
 
-def _fresh(function: Any) -> FunctionType:
-    """The same function with code of its own: torch.compile keeps what it compiled with the code, so that one critic's
-    graphs do not count against another's."""
+def _with_own_code(function: Any) -> FunctionType:
+    """The same function with a code object of its own: torch.compile keeps its graphs with the code, and allows a code
+    only a few of them."""
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _of_any_batch(tensor: Tensor, batch: int) -> Tensor:
-    """The tensor, or where the batch is in front a view of it, on which the compiler finds that noted."""
+    """The tensor, or where the batch is in front a view of it that is marked for the compiler as of any size."""
     if tensor.ndim == 0 or tensor.shape[0] != batch:
         return tensor
     tensor = tensor.view_as(tensor)
@@ -138,41 +141,41 @@ def _of_any_batch(tensor: Tensor, batch: int) -> Tensor:
     return tensor
 
 
-def _check(question: Question, points: Sequence[Tensor], findings: Findings) -> None:
-    """What the critic's own graph shows, before it is compiled: a compiled function cannot tell zero from nothing, and
-    what stops its compiler is told by it in pages."""
-    for part in (part for module in findings.alive() for part in module.modules()):
+def _check(call: CriticCall, points: Sequence[Tensor], critic: Critic) -> None:
+    """What the critic's eager graph shows, before it is compiled: a compiled function cannot tell a zero gradient from
+    none, and the compiler's own errors are pages long."""
+    for part in critic.profile.modules():
         if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse and part.weight.requires_grad:
             raise ValueError(
                 "method='compiled' needs dense gradients, got a critic with "
                 f"{type(part).__name__}(sparse=True). {_INSTEAD}"
             )
     leaves = [x.detach().requires_grad_() for x in points]
-    # Parts that are compiled already are traced again with the rest, so look at them as they were before.
+    # Parts that are compiled already are traced again with the rest, so they are run eagerly here.
     with (
-        Evaluations(findings, points[0].device) as evaluations,
+        Reruns(critic, points[0].device) as reruns,
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
-        scores = evaluations.again(question).scores(leaves)
-        between = graph.nodes_between([scores], leaves)
+        scores = reruns.again(call).scores(leaves)
+        between = autograd_graph.nodes_between([scores], leaves)
         if not between:
-            raise unrelated()
-        if any(node.name() == graph.REENTRANT for node in between):
+            raise independent_scores_error()
+        if any(node.name() == autograd_graph.REENTRANT for node in between):
             raise _hooked()
-        found = graph.obstacle(between)
+        found = autograd_graph.once_differentiable_node(between)
         if not found:
             gradients = input_gradients((scores,), (cotangent(scores, None),), leaves, True, True)
-            found = graph.dead_end(gradients, leaves)
+            found = autograd_graph.missing_derivative(gradients, leaves)
     if found:
         culprit, remedy = found
         raise ValueError(f"method='compiled' must differentiate the critic twice, and found {culprit}. Use {remedy}.")
 
 
 def _everything_kept() -> Any:
-    """While a graph is compiled, for those that the compiler splits itself. Told to keep less, it computes again what
-    must not be: masks of dropout are drawn anew, and the vectors of spectral norm are read after their update.
-    Gradients are then wrong, in silence."""
+    """While a graph is compiled, for those that the compiler splits itself. With a smaller memory budget it recomputes
+    what must not be: dropout masks are drawn anew, and the vectors of spectral norm are read after their update. The
+    gradients are then silently wrong."""
     config = torch._functorch.config
     return nullcontext() if config.activation_memory_budget == 1 else config.patch(activation_memory_budget=1.0)
 
@@ -182,7 +185,7 @@ _HOOKED = "method='compiled' refuses hooks on saved tensors"
 
 @contextmanager
 def _hooks_refused() -> Iterator[None]:
-    """torch.func cannot see through them. If it meets them in tracing, torch leaves all hooks disabled ever after."""
+    """torch.func does not support them. Where it meets them in tracing, torch leaves all hooks disabled afterwards."""
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(_HOOKED):
             yield

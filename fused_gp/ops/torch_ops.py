@@ -1,8 +1,8 @@
-"""The functions of `fused_gp.kernels` in plain torch, for tensors that no Triton device holds.
+"""The functions of `fused_gp.kernels` in plain torch, for tensors on devices without Triton.
 
-On a CPU, a large new tensor costs more than the arithmetic that fills it, so each function makes no tensor of the
-rows' size beyond those it returns: what half types, and sums of products, need on the way they make block by block.
-They know no autograd. Formulas: `kernels/`.
+On a CPU, allocating a large tensor costs more than the arithmetic that fills it, so the functions allocate nothing of
+the rows' size but what they return; intermediate results of half types and of sums of products are made block by block.
+No autograd in here. Formulas: `kernels/norm_penalty.py`.
 """
 
 import math
@@ -14,14 +14,14 @@ import torch
 from numpy import float32
 from torch import Tensor
 
-from .form import PenaltyForm, accumulation_type
+from ..form import PenaltyForm, accumulation_type
 
-# Of so many elements at a time a half type's fp32 copies, and intermediate results, are made: 2 MB in fp32. With more,
-# malloc gives memory back to the system in between, and page faults take as long as the arithmetic.
+# Elements of a block of fp32 copies and intermediate results: 2 MB. With more, malloc returns memory to the system in
+# between, and page faults take as long as the arithmetic.
 BLOCK = 2**19
 
-# vector_norm adds up a row in a few fp32 lanes: its error reaches 2e-6 at 200,000 elements and 4e-4 at 10^7. Norms
-# of chunks of this many elements, then the norm of those norms, keep it near 1e-7 at every length.
+# vector_norm sums a row in a few fp32 lanes: its error reaches 2e-6 at 200,000 elements and 4e-4 at 10^7. Norms of
+# chunks of this many elements, then the norm of those norms, keep it near 1e-7 at every length.
 CHUNK = 4096
 
 
@@ -61,12 +61,12 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
     norms = _row_norms(gradients)
     if form.kappa is not None:
         norms *= form.kappa
-    target, root, scale, _ = _numbers(form, norms)
+    target, root, scale, _ = _constants(form, norms)
     if form.squared:
         distance = norms
     else:
-        # n = sqrt(||g||^2 + eps) as hypot(||g||, sqrt(eps)): one operation, which neither overflows nor waits.
-        # torch.sqrt hands more than 2048 numbers to all threads of MKL, and on busy cores takes milliseconds.
+        # n = sqrt(||g||^2 + eps) as hypot(||g||, sqrt(eps)): one operation, which does not overflow. torch.sqrt gives
+        # more than 2048 numbers to all threads of MKL, and on busy cores takes milliseconds.
         if form.eps:
             norms = torch.hypot(norms, root if isinstance(root, Tensor) else norms.new_full((), root))
         distance = _excess(norms, target, form.one_sided)
@@ -100,7 +100,7 @@ def penalty_double_backward(
 
     upstream_grad = None
     if upstream_needed:
-        target, _, _, twice = _numbers(form, norms)
+        target, _, _, twice = _constants(form, norms)
         upstream_grad = dots * twice
         upstream_grad = upstream_grad if form.squared else upstream_grad.mul_(_half_w(norms, target, form))
         upstream_grad = upstream_grad.sum() if form.reduce else upstream_grad
@@ -110,16 +110,16 @@ def penalty_double_backward(
     # (w'/n) s g = (2 t / n) (s / n) (g / n), in this order: 2 t / n^3 alone overflows for small n.
     flat = norms <= form.target if form.one_sided else norms == 0  # false for NaN, which stays NaN
     inverse = norms.reciprocal().masked_fill_(flat, 0.0)
-    bend = (upstream * inverse).mul_(2 * form.target * form.scale) * (dots * inverse)
+    curvature = (upstream * inverse).mul_(2 * form.target * form.scale) * (dots * inverse)
     if form.kappa is not None:
-        bend.mul_(form.kappa).mul_(form.kappa)
-    columns = inverse[:, None], bend[:, None], weight
-    return [_bent(g, u, *columns) for g, u in zip(gradients, cotangents, strict=True)], upstream_grad
+        curvature.mul_(form.kappa).mul_(form.kappa)
+    columns = inverse[:, None], curvature[:, None], weight
+    return [_second_order(g, u, *columns) for g, u in zip(gradients, cotangents, strict=True)], upstream_grad
 
 
 def row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
     """upstream * scale * kappa^2 * w(n), as a column, or as one number where all rows have the same."""
-    target, _, _, twice = _numbers(form, norms)
+    target, _, _, twice = _constants(form, norms)
     factor = upstream * twice
     if form.kappa is not None:
         factor.mul_(form.kappa).mul_(form.kappa)
@@ -129,20 +129,20 @@ def row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
 
 
 def _half_w(norms: Tensor, target: Tensor | float, form: PenaltyForm) -> Tensor:
-    """w(n) / 2 = (n - t) / n. Few operations: at GAN sizes each costs more than its work."""
+    """w(n) / 2 = (n - t) / n, in few operations: at GAN sizes calling one takes longer than its arithmetic."""
     half = _excess(norms, target, form.one_sided).div_(norms)
-    if form.eps >= 1e-30:  # such an eps leaves no norm at zero
+    if form.eps >= 1e-30:  # no norm is zero
         return half
     if form.one_sided:
         return half.masked_fill_(norms == 0, 0)
-    # Where n = 0, and nowhere else, it is -t / 0 = -inf. Faster than comparing; NaN stays NaN.
+    # -t / 0 = -inf where n = 0, and nowhere else. This is faster than a comparison, and NaN stays NaN.
     return half.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=0.0)
 
 
 def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Some rows of each at a time, so few that what is computed from them stays in cache.
+    """Some rows of each at a time, few enough for intermediate results to stay in cache.
 
-    A DTensor, or another kind of its own, in one: its parts may lie elsewhere, and what is written to them be lost.
+    A tensor subclass such as DTensor in one block: what is written to a part of it might be lost.
     """
     rows, width = tensors[0].shape
     step = max(1, BLOCK // width)
@@ -151,12 +151,12 @@ def _blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*[t.split(step) for t in tensors], strict=True)
 
 
-def _joined(columns: list[Tensor]) -> Tensor:
+def _concatenated(columns: list[Tensor]) -> Tensor:
     return columns[0] if len(columns) == 1 else torch.cat(columns)
 
 
 def _scaled(rows: Tensor, column: Tensor) -> Tensor:
-    """Each row times its element of the column, or all times one number, in its precision, rounded once."""
+    """Each row times its element of the column, or all times one number, in the column's precision, rounded once."""
     if rows.dtype == column.dtype:
         return torch.mul(rows, column)
     out = torch.empty_like(rows)
@@ -167,15 +167,15 @@ def _scaled(rows: Tensor, column: Tensor) -> Tensor:
 
 def _dots(gradients: Tensor, cotangents: Tensor, dtype: torch.dtype) -> Tensor:
     """<g, u> of each row."""
-    return _joined([(g.to(dtype) * u).sum(1) for g, u in _blocks(gradients, cotangents)])
+    return _concatenated([(g.to(dtype) * u).sum(1) for g, u in _blocks(gradients, cotangents)])
 
 
-def _bent(gradients: Tensor, cotangents: Tensor, inverse: Tensor, bend: Tensor, weight: Tensor) -> Tensor:
-    """bend (g / n) + weight u."""
+def _second_order(gradients: Tensor, cotangents: Tensor, inverse: Tensor, curvature: Tensor, weight: Tensor) -> Tensor:
+    """curvature (g / n) + weight u."""
     out = torch.empty_like(gradients)
-    for part, g, u, i, b, w in _blocks(out, gradients, cotangents, inverse, bend, weight):
+    for part, g, u, i, c, w in _blocks(out, gradients, cotangents, inverse, curvature, weight):
         grad = part if part.dtype == i.dtype else torch.empty_like(part, dtype=i.dtype)
-        torch.mul(g, i, out=grad).mul_(b).addcmul_(u, w)
+        torch.mul(g, i, out=grad).mul_(c).addcmul_(u, w)
         if grad is not part:
             part.copy_(grad)
     return out
@@ -195,7 +195,7 @@ def _row_norms(gradients: Sequence[Tensor]) -> Tensor:
 
 def _norms_of_one(rows: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.dtype != dtype and rows.dtype != torch.float32:
-        return _joined([_norms_of_one(x.to(dtype), dtype) for (x,) in _blocks(rows)])
+        return _concatenated([_norms_of_one(x.to(dtype), dtype) for (x,) in _blocks(rows)])
     width = rows.shape[1]
     if width <= CHUNK or dtype == torch.float64:
         return torch.linalg.vector_norm(rows, 2, 1, dtype=dtype)
@@ -213,22 +213,22 @@ def _excess(norms: Tensor, target: Tensor | float, one_sided: bool) -> Tensor:
     return difference.clamp_(min=0) if one_sided else difference  # clamp keeps NaN
 
 
-def _numbers(form: PenaltyForm, norms: Tensor) -> Any:
+def _constants(form: PenaltyForm, norms: Tensor) -> Any:
     """target, sqrt(eps), scale and 2 scale.
 
-    On the CPU as tensors: of a number torch makes one at every operation, which on small tensors takes longer than the
-    operation. Other devices and kinds of tensor (FakeTensor) get the numbers themselves.
+    On the CPU as tensors: torch makes one of a number at every operation, which on small tensors takes longer than the
+    operation. For other devices and tensor subclasses (FakeTensor) the numbers themselves.
     """
     if type(norms) is Tensor and norms.is_cpu:
-        return _tensors(form.target, form.eps, form.scale, norms.dtype)
-    return form.target, _root(form.eps, norms.dtype), form.scale, 2 * form.scale
+        return _constant_tensors(form.target, form.eps, form.scale, norms.dtype)
+    return form.target, _sqrt_eps(form.eps, norms.dtype), form.scale, 2 * form.scale
 
 
 @lru_cache(maxsize=256)
-def _tensors(target: float, eps: float, scale: float, dtype: torch.dtype) -> list[Tensor]:
-    numbers = target, _root(eps, dtype), scale, 2 * scale
+def _constant_tensors(target: float, eps: float, scale: float, dtype: torch.dtype) -> list[Tensor]:
+    numbers = target, _sqrt_eps(eps, dtype), scale, 2 * scale
     return [torch.tensor(number, dtype=dtype, device="cpu") for number in numbers]
 
 
-def _root(eps: float, dtype: torch.dtype) -> float:
+def _sqrt_eps(eps: float, dtype: torch.dtype) -> float:
     return math.sqrt(eps if dtype == torch.float64 else float32(eps))

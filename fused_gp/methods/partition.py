@@ -1,7 +1,7 @@
-"""Where a compiled penalty's gradient is computed: in the forward, all of it, where the penalty is one number.
+"""The split of a compiled penalty into forward and backward: the whole gradient is computed in the forward.
 
-Up to the upstream factor the gradient is then known when the penalty is. Split as the compiler does it, the forward
-hands over to the backward what two derivatives need; in one graph, that is freed as it goes.
+Where the penalty is a scalar, its gradient is known up to the upstream factor. In the compiler's own split, the forward
+saves for the backward what two derivatives need; in one graph, that memory is freed on the way.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 
 
-class AllInForward(CustomPartitionerFn):
-    """Splits the joint graph of outputs and gradients, as AOTAutograd makes it, into forward and backward.
+class GradientInForward(CustomPartitionerFn):
+    """Splits AOTAutograd's joint graph of outputs and gradients into forward and backward.
 
-    As the compiler does it where there is no one upstream factor (reduction="none"), where small gradients need it on
-    their way (in fp16 whose penalty is not `scaled` already), or where it lies on another device than some of them.
+    The compiler's own split is used where there is not one upstream factor (reduction="none"), where small gradients
+    need it on their way (in fp16, unless the penalty is `scaled` already), or where it lies on another device than some
+    of the gradients.
     """
 
     def __init__(self, scaled: bool) -> None:
@@ -38,7 +39,7 @@ class AllInForward(CustomPartitionerFn):
         if factors != [True] or (half and not self.scaled) or len({node.meta["val"].device for node in multiplied}) > 1:
             return min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
-        # Gradients of the penalty for 1, which the backward multiplies.
+        # Gradients for an upstream factor of 1, which the backward multiplies.
         (upstream,) = tangents
         with graph.inserting_after(upstream):
             like = upstream.meta["val"]
@@ -50,10 +51,10 @@ class AllInForward(CustomPartitionerFn):
         with graph.inserting_before(output):
             products = {node: graph.call_function(aten.mul.Tensor, (node, upstream)) for node in gradients}
         for gradient, product in products.items():
-            product.meta = dict(gradient.meta)  # the memory too, so that torch gives it to nobody: retain_graph=True
+            product.meta = dict(gradient.meta)  # of one memory, which torch then does not donate: retain_graph=True
         output.args = ([*outputs[:count], *[products.get(node) for node in outputs[count:]]],)
         return _extract_fwd_bwd_modules(gm, gradients, [], num_fwd_outputs=count)
 
     def uuid(self) -> Any:
-        """What the compiler's cache knows it by."""
+        """Its part of the key of the compiler's cache."""
         return get_hash_for_files((__file__,)), self.scaled

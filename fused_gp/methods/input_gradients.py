@@ -1,4 +1,4 @@
-"""The gradient of scores with respect to the points they were given for."""
+"""The gradient of scores with respect to the points at which they were computed."""
 
 from collections.abc import Iterable, Sequence
 from itertools import compress
@@ -21,14 +21,14 @@ def input_gradients(
         return [None] * len(inputs)
     if not all(attached):
         outputs, cotangents = tuple(compress(outputs, attached)), tuple(compress(cotangents, attached))
-    # What torch.autograd.grad calls when it has checked its arguments. Ours are right by construction, and checking
-    # them takes longer than all that the penalty itself does at small sizes.
+    # What torch.autograd.grad calls after checking its arguments. Ours are valid by construction, and the checks take
+    # longer than the penalty itself at small sizes.
     return _engine_run_backward(  # type: ignore[return-value]
         outputs, cotangents, retain_graph, create_graph, tuple(inputs), allow_unreachable=True, accumulate_grad=False
     )
 
 
-def gradient_of_first(scores: Tensor, points: Sequence[Tensor], rows: int, retain_graph: bool) -> tuple[bool, bool]:
+def first_row_dependence(scores: Tensor, points: Sequence[Tensor], rows: int, retain_graph: bool) -> tuple[bool, bool]:
     """Whether the scores of the first row depend on its own points, and on those of other rows."""
     first = scores.reshape(rows, -1)[0]
     found = input_gradients((first,), (torch.ones_like(first),), points, False, retain_graph)
@@ -36,18 +36,18 @@ def gradient_of_first(scores: Tensor, points: Sequence[Tensor], rows: int, retai
     return any(bool(g[0].any()) for g in by_row), any(bool(g[1:].any()) for g in by_row)
 
 
-def add_up(sums: list[Tensor | None], gradients: Iterable[Tensor | None]) -> None:
-    """Not in place: autograd may have given one tensor to two inputs."""
+def accumulate(sums: list[Tensor | None], gradients: Iterable[Tensor | None]) -> None:
+    """Add the gradients to the sums; None is zero. Not in place: autograd may have given one tensor to two inputs."""
     for index, gradient in enumerate(gradients):
-        so_far = sums[index]
+        total = sums[index]
         if gradient is not None:
-            sums[index] = gradient if so_far is None else so_far + gradient
+            sums[index] = gradient if total is None else total + gradient
 
 
 def cotangent(output: Tensor, grad_scale: float | Tensor | None, weight: float | Tensor = 1.0) -> Tensor:
-    """That under which the gradient is the one of the output's weighted sum times grad_scale.
+    """The cotangent with which the gradient is that of the output's weighted sum times grad_scale.
 
-    Scaling here instead of multiplying the output costs no node in the graph.
+    Scaling it instead of the output costs no node in the graph.
     """
     ones = torch.ones_like(output)
     if isinstance(weight, Tensor) or weight != 1:

@@ -1,4 +1,4 @@
-"""The one place that decides which backend computes an op: the `backend` argument and the tensor's device."""
+"""The one place that decides which backend computes an op, by the `backend` argument and the tensor's device."""
 
 from functools import cache
 from importlib import import_module
@@ -10,18 +10,18 @@ from torch._C import _are_functorch_transforms_active
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from . import reference, torch_ops
+from .. import reference
+from . import torch_ops
 
 TRITON_DEVICES = ("cuda", "xpu")  # ROCm tensors are of type "cuda"
 
 
 def backend_for(backend: str, tensor: torch.Tensor) -> Any:
-    """The module with the functions on rows: `fused_gp.torch_ops` or `fused_gp.kernels`.
+    """The module with the functions on rows: `fused_gp.ops.torch_ops` or `fused_gp.kernels`.
 
     "auto" is Triton on CUDA, ROCm and XPU tensors where Triton is installed, and plain torch elsewhere and for tensors
     without memory (FakeTensor). While torch.compile traces, or torch.func or forward-mode autograd runs, it is
-    `fused_gp.reference`: formulas in differentiable operations, through which a transform sees, and which a compiler
-    fuses by itself.
+    `fused_gp.reference`: differentiable operations that a transform can trace, and that a compiler fuses itself.
     """
     if traced():
         if backend not in ("auto", "torch"):
@@ -53,10 +53,10 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
 
 
 def traced() -> bool:
-    """Whether somebody else, a compiler or a transform, is to see every operation."""
+    """Whether torch.compile traces, or torch.func or forward-mode autograd runs."""
     if torch.compiler.is_dynamo_compiling() or _are_functorch_transforms_active():
         return True
-    return forward_ad._current_level >= 0  # a kernel would drop the tangent, and nobody would be told
+    return forward_ad._current_level >= 0  # a kernel would silently drop the tangent
 
 
 @cache
@@ -66,4 +66,4 @@ def triton_installed() -> bool:
 
 @cache
 def _kernels() -> Any:
-    return import_module("fused_gp.kernels")  # only now: importing fused_gp must not load Triton
+    return import_module("fused_gp.kernels")  # here, because importing fused_gp must not load Triton

@@ -1,4 +1,4 @@
-"""What autograd's graph says of a critic: where it has kinks, what cannot be differentiated twice, whom it reaches."""
+"""What autograd's graph shows of a critic: kinks, what cannot be differentiated twice, the leaves that are reached."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-# Operations whose derivative jumps: what stands before Backward and a number in the names of their nodes.
+# Operations whose derivative is discontinuous, by the names of their nodes without "Backward" and a number.
 KINKS = (
     "Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Threshold", "Hardtanh", "Hardswish", "Hardsigmoid",
     "Softshrink", "Hardshrink", "Abs", "Clamp", "ClampMin", "ClampMax", "Max", "Min", "Maximum", "Minimum", "Fmax",
@@ -17,18 +17,18 @@ KINKS = (
     "MaxPool2DWithIndices", "MaxPool3DWithIndices", "AdaptiveMaxPool2D", "AdaptiveMaxPool3D", "FractionalMaxPool2D",
     "FractionalMaxPool3D", "Fmod", "Remainder", "Floor", "Ceil", "Round", "Trunc", "Frac", "Sign", "Sgn", "Copysign",
 )  # fmt: skip
-# And those that have one with some options, with the names that the nodes have for the option.
+# Those that have a kink with some options, and the attribute in which their nodes save the option.
 ORDERS = {"LinalgVectorNorm": "_saved_ord", "Dist": "_saved_p", "Cdist": "_saved_p", "Pdist": "_saved_p"}
 REDUCTIONS = ("ScatterReduce", "IndexReduce", "SegmentReduce")
 
-# Nodes that stand for a whole compiled graph.
+# The node of a whole compiled graph, and that of reentrant checkpointing.
 COMPILED = "CompiledFunctionBackward"
 REENTRANT = "CheckpointFunctionBackward"
 
-# What autograd puts where a backward has no derivative.
-DEAD_ENDS = ("torch::autograd::NotImplemented", "torch::autograd::Error")
+# The nodes that autograd puts where a backward has no derivative.
+NO_DERIVATIVE = ("torch::autograd::NotImplemented", "torch::autograd::Error")
 
-_once = once_differentiable(lambda ctx, *grads: grads).__code__
+_once_differentiable_code = once_differentiable(lambda ctx, *grads: grads).__code__
 
 
 def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
@@ -45,14 +45,14 @@ def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
 
 
 def nodes_between(outputs: Iterable[Tensor], points: Sequence[Tensor]) -> list[Any]:
-    """The nodes through which outputs depend on the points: a kink in the embedding of a label is none in x."""
+    """The nodes on the way from the points to the outputs: a kink in the embedding of a label is not one in x."""
     children: dict[Any, list[Any]] = {}
     for node in nodes(outputs):
         for parent, _ in node.next_functions:
             children.setdefault(parent, []).append(node)
     between = []
     seen = set()
-    with torch._C.DisableTorchFunctionSubclass():  # of a subclass's leaf it would be another node, of a view
+    with torch._C.DisableTorchFunctionSubclass():  # for a tensor subclass it would be the node of a view
         stack = [get_gradient_edge(x).node for x in points]
     while stack:
         for child in children.get(stack.pop(), ()):
@@ -79,13 +79,13 @@ def kink(between: Sequence[Any]) -> str | None:
     return None
 
 
-def types(between: Sequence[Any]) -> set[torch.dtype]:
-    """The types that numbers have on their way through these nodes."""
+def dtypes(between: Sequence[Any]) -> set[torch.dtype]:
+    """The types of the outputs of these nodes."""
     return {output.dtype for node in between for output in node._input_metadata if output is not None}
 
 
 def refuse_reentrant(between: Iterable[Any]) -> None:
-    """No input gradient can be taken through such a checkpoint, not even once."""
+    """Through such a checkpoint no input gradient can be taken, not even once."""
     if any(node.name() == REENTRANT for node in between):
         raise ValueError(
             "critic must let its input gradient be taken, and has reentrant checkpointing. Use "
@@ -93,8 +93,8 @@ def refuse_reentrant(between: Iterable[Any]) -> None:
         )
 
 
-def obstacle(between: Iterable[Any]) -> tuple[str, str] | None:
-    """What among these nodes of the scores' graph cannot be differentiated twice, as far as they tell, and a remedy."""
+def once_differentiable_node(between: Iterable[Any]) -> tuple[str, str] | None:
+    """A node of the scores' graph that cannot be differentiated twice, as far as its name tells, and a remedy."""
     for node in between:
         name = node.name()
         if name == REENTRANT:
@@ -105,7 +105,7 @@ def obstacle(between: Iterable[Any]) -> tuple[str, str] | None:
                 "method='compiled', or, where the critic is smooth, method='directional'",
             )
         function = getattr(node, "_forward_cls", None)  # of nodes written in Python
-        if function is not None and getattr(function.backward, "__code__", None) is _once:
+        if function is not None and getattr(function.backward, "__code__", None) is _once_differentiable_code:
             return (
                 f"the autograd Function {function.__name__}, whose backward is once_differentiable",
                 "method='directional' where the critic is smooth",
@@ -113,12 +113,13 @@ def obstacle(between: Iterable[Any]) -> tuple[str, str] | None:
     return None
 
 
-def dead_end(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> tuple[str, str] | None:
-    """What stops autograd in the graph of the input gradients, in its own words, by running into it; and a remedy."""
+def missing_derivative(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> tuple[str, str] | None:
+    """The operation without a second derivative in the graph of the input gradients, found by a backward through it,
+    in autograd's own words; and a remedy."""
     attached = [g for g in gradients if g is not None and g.requires_grad]
-    if not any(node.name() in DEAD_ENDS for node in nodes(attached)):
+    if not any(node.name() in NO_DERIVATIVE for node in nodes(attached)):
         return None
-    leaves = [*points, *leaves_reached(attached)]
+    leaves = [*points, *reached_leaves(attached)]
     try:
         torch.autograd.grad(attached, leaves, [torch.ones_like(g) for g in attached], True, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
@@ -129,9 +130,9 @@ def dead_end(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> tu
         if "attention" in words:
             remedy += ", or attention that autograd sees: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         return f'an operation of which autograd says "{words}"', remedy
-    return None  # no gradient comes that way
+    return None  # no gradient passes through it
 
 
-def leaves_reached(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The leaves that a backward from these outputs gives a gradient."""
+def reached_leaves(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves that get a gradient in a backward from these outputs."""
     return (node.variable for node in nodes(outputs) if node.name() == "torch::autograd::AccumulateGrad")

@@ -1,0 +1,36 @@
+"""The one warning: batch normalisation in training mode, where the score of a sample depends on the whole batch."""
+
+import sys
+import warnings
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .profile import CriticProfile
+
+
+def warn_of_batch_norm(profile: CriticProfile) -> None:
+    """Once per critic."""
+    if not profile.batch_norms:
+        return
+    layers = [(name, reference()) for name, reference in profile.batch_norms]
+    names = [name or type(layer).__name__ for name, layer in layers if _uses_batch_statistics(layer)]
+    if not names:  # in evaluation mode, which may change
+        return
+    profile.batch_norms.clear()
+    warnings.warn(
+        f"critic has batch normalisation in training mode ({', '.join(names)}): its samples see one another, so their "
+        "gradient norms are not those of single samples. Use LayerNorm, GroupNorm or none, as the WGAN-GP paper does.",
+        stacklevel=_frames_to_the_caller(),
+    )
+
+
+def _uses_batch_statistics(layer: _BatchNorm | None) -> bool:
+    return layer is not None and (layer.training or not layer.track_running_stats)
+
+
+def _frames_to_the_caller() -> int:
+    """How far up the first frame lies that is neither ours nor torch's: the warning points there."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("fused_gp", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,0 +1,123 @@
+"""How a callable that is no module is recognised: a lambda may be made anew at every step, but what it holds stays."""
+
+import functools
+from contextlib import suppress
+from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
+from typing import Any
+from weakref import ref
+
+from torch import Tensor
+from torch.nn import Module
+
+MAX_ELEMENTS = 100  # longer containers are data
+
+
+class Contents:
+    """What a callable holds: in its closure, defaults and globals, in its owner, in the arguments of a partial.
+
+    signature   code, callables, flags and words; of everything else the type
+    held        weak references to modules, and to objects that may hold others
+    modules     the modules, each with its path in what the callable holds
+    compiled    whether torch.compile made one of the functions
+    """
+
+    def __init__(self, critic: Any) -> None:
+        self.signature: list[Any] = []
+        self.held: list[Any] = []
+        self.modules: list[tuple[str, Module]] = []
+        self.compiled = False
+        self._seen: set[int] = set()
+        self._add(critic)
+
+    def key(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What the callable is recognised by. It keeps nothing alive but code, types and words."""
+        return tuple(self.signature), tuple(self.held)
+
+    def _add(self, thing: Any, path: str = "") -> None:
+        kind = type(thing)
+        if kind in (str, bool, NoneType):
+            self.signature.append(thing)
+        elif kind in (int, float, ModuleType):
+            self.signature.append(kind)  # numbers may be others at every step
+        elif id(thing) not in self._seen:
+            self._seen.add(id(thing))
+            if isinstance(thing, Module):
+                self.modules.append((path, thing))
+                self.held.append(ref(thing))
+                self.held += [ref(part) for part in thing._modules.values() if part is not None]
+            elif kind is FunctionType:
+                self._add_function(thing)
+            elif kind is MethodType:
+                self._add(thing.__func__)
+                self._add(thing.__self__)
+            elif isinstance(thing, functools.partial):
+                for part in (thing.func, *thing.args, *thing.keywords.values()):
+                    self._add(part)
+            elif kind in (list, tuple, dict):
+                self.signature.append(kind)
+                if len(thing) <= MAX_ELEMENTS:
+                    for name, part in thing.items() if kind is dict else enumerate(thing):
+                        self._add(part, str(name))
+            elif isinstance(thing, Tensor):
+                self.signature.append(thing.dtype)
+            else:
+                self._add_object(thing)
+
+    def _add_function(self, function: FunctionType) -> None:
+        self.signature.append(function.__code__)
+        self.compiled |= hasattr(function, "_torchdynamo_orig_callable")
+        if (function.__module__ or "").partition(".")[0] == "torch":
+            return
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # a name without a value yet
+                self._add(cell.cell_contents)
+        for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._add(default)
+        known = function.__globals__
+        for name in _global_names(function.__code__):
+            thing = known.get(name)
+            if type(thing) is FunctionType and thing.__globals__ is not known:
+                self.signature.append(thing.__code__)  # of another file, whose own globals are its business
+            elif thing is not None:
+                self._add(thing)
+
+    def _add_object(self, thing: Any) -> None:
+        """With the modules among its attributes: a trainer's critic may be exchanged for another."""
+        if isinstance(thing, type) or (not hasattr(thing, "__dict__") and not hasattr(type(thing), "__slots__")):
+            self.signature.append(_reference(thing))  # a class, or a function not written in Python
+            return
+        self.signature.append(type(thing))
+        (self.signature if callable(thing) else self.held).append(_reference(thing))
+        for name, part in _attributes(thing):
+            if isinstance(part, Module):
+                self._add(part, name)
+
+
+def _reference(thing: Any) -> Any:
+    """A weak reference; the type, of what has none or cannot be a key."""
+    try:
+        reference = ref(thing)
+        hash(reference)
+    except TypeError:
+        return type(thing)
+    return reference
+
+
+def _attributes(thing: Any) -> list[tuple[str, Any]]:
+    """With their values, those in slots too. Runs no code of the owner's."""
+    found = list(getattr(thing, "__dict__", {}).items())
+    for kind in type(thing).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for slot in (slots,) if isinstance(slots, str) else slots:
+            private = slot.startswith("__") and not slot.endswith("__")
+            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
+            with suppress(KeyError, AttributeError):  # __dict__ and __weakref__; a slot without a value yet
+                found.append((name, kind.__dict__[name].__get__(thing, kind)))
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    """The names that a function may take from its globals, functions inside it included."""
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return tuple(dict.fromkeys([*code.co_names, *[name for each in inner for name in _global_names(each)]]))

@@ -1,0 +1,1 @@
+"""Second derivatives that torch lacks or takes slowly. There are none yet."""

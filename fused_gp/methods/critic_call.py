@@ -1,0 +1,66 @@
+"""The call of a critic, and the penalty that came of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import arguments, reference
+from ..form import PenaltyForm
+
+
+class CriticCall(NamedTuple):
+    """Everything but the points, validated. `structure` is that of the critic's first argument."""
+
+    critic: Callable[..., Any]
+    structure: arguments.Structure
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    grad_scale: float | Tensor | None
+    form: PenaltyForm
+    ops: Any
+
+    def scores(self, points: Sequence[Tensor]) -> Tensor:
+        """Run the critic once."""
+        versions = [] if self.ops is reference else [x._version for x in points]
+        scores = self.critic(arguments.rebuild(list(points), self.structure), *self.args, **self.kwargs)
+        arguments.scores(scores, self.form.rows)
+        for x, version in zip(points, versions, strict=False):  # no versions in torch.func, which tracks changes itself
+            if x._version != version:  # the gradient would be taken at the changed values
+                raise ValueError(
+                    "critic must leave its input as it is, got one that changes it in place: inplace=True first?"
+                )
+        return scores
+
+
+class PenaltyPoints(NamedTuple):
+    """The points at which the penalty is taken: the batch tensors (samples, alpha) that they are built from, and how.
+
+    `build(batch, ops)` gives one tensor for each tensor of a sample.
+    """
+
+    batch: Sequence[Tensor]
+    build: Callable[[Sequence[Tensor], Any], list[Tensor]]
+
+
+class PenaltyResult(NamedTuple):
+    """The penalty, the norms, and the method's estimate of its gradient's relative error: 0 where it is exact."""
+
+    penalty: Tensor
+    norms: Tensor
+    error: Tensor | float = 0.0
+
+    def returned(self, norms: bool, error: bool) -> Any:
+        """What the caller asked for: the penalty, or a tuple that starts with it."""
+        if not (norms or error):
+            return self.penalty
+        values = (self.penalty, *((self.norms,) if norms else ()))
+        return (*values, torch.as_tensor(self.error, device=self.norms.device)) if error else values
+
+
+def independent_scores_error() -> ValueError:
+    return ValueError(
+        "critic must return scores that depend on the samples it is given, got scores that do not: "
+        "is there a detach() or no_grad() inside it?"
+    )

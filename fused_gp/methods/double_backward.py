@@ -1,0 +1,76 @@
+"""method="double_backward": autograd twice, through the graph of the input gradient. Exact."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..critics import autograd_graph, data_parallel
+from ..critics.critic import Critic
+from ..critics.profile import CriticProfile
+from ..ops.norm_penalty import norm_penalty_rows
+from .critic_call import CriticCall, PenaltyResult, independent_scores_error
+from .input_gradients import cotangent, input_gradients
+
+
+class NotTwiceDifferentiable(ValueError):
+    """The critic can be differentiated once only."""
+
+    def __init__(self, culprit: str, remedy: str) -> None:
+        super().__init__(
+            f"method='double_backward' must differentiate the critic twice, and found {culprit}. Use {remedy}."
+        )
+        self.culprit = culprit
+
+
+def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic, create_graph: bool) -> PenaltyResult:
+    """Run the critic once at these points. An error is raised here where the penalty's gradient would not exist."""
+    for x in points:
+        if not x.requires_grad:
+            x.requires_grad_()
+    scores = call.scores(points)
+    profile = critic.profile
+    ones = cotangent(scores, call.grad_scale)
+    if create_graph:
+        refuse_what_cannot_be_reduced(profile)
+        found = twice_differentiable_gradients((scores,), (ones,), points, profile)
+    else:
+        found = input_gradients((scores,), (ones,), points, False, False)
+    gradients = [g for g in found if g is not None]
+    if not gradients:
+        raise independent_scores_error()
+    penalty, norms = norm_penalty_rows(gradients, call.form, call.ops)
+    if create_graph:
+        penalty = data_parallel.with_all_parameters(penalty, scores, profile)
+    return PenaltyResult(penalty, norms)
+
+
+def refuse_what_cannot_be_reduced(profile: CriticProfile) -> None:
+    """What shares gradients among processes in the first backward, that of the input gradient."""
+    data_parallel.refuse_static_graph(profile)
+    if profile.sharded:
+        # With weights kept, by reshard_after_forward=False and set_reshard_after_backward(False), they still get no
+        # gradient: FSDP reduces in the first backward, where there is none yet.
+        raise NotTwiceDifferentiable(
+            "FSDP, which frees the weights and reduces their gradients in the first backward, that of the input "
+            "gradient",
+            "method='directional'",
+        )
+
+
+def twice_differentiable_gradients(
+    outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], points: Sequence[Tensor], profile: CriticProfile
+) -> list[Tensor | None]:
+    """The input gradients with their graph; once per mode of the critic, that graph is checked to reach the weights."""
+    mode = profile.mode(points[0].device)
+    unchecked = mode not in profile.twice_differentiable
+    if unchecked and autograd_graph.once_differentiable_node(autograd_graph.nodes(outputs)):
+        between = autograd_graph.nodes_between(outputs, points)  # the node may lie where the points do not pass
+        autograd_graph.refuse_reentrant(between)
+        if found := autograd_graph.once_differentiable_node(between):
+            raise NotTwiceDifferentiable(*found)
+    gradients = input_gradients(outputs, cotangents, points, True, True)
+    if unchecked:
+        if found := autograd_graph.missing_derivative(gradients, points):
+            raise NotTwiceDifferentiable(*found)
+        profile.twice_differentiable[mode] = True
+    return gradients

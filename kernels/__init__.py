@@ -1,4 +1,4 @@
-"""Triton device code and its launchers: six functions on (R, N) rows, which know no autograd.
+"""Triton device code and its launchers: six functions on (R, N) rows, without autograd.
 
 Importing this package imports Triton. `fused_gp.ops.torch_ops` holds the same six functions in plain torch.
 """
@@ -12,7 +12,7 @@ INTERPRETED = is_interpreted(interpolate_kernel)
 
 
 def take_cpu_tensors() -> bool:
-    """Whether the kernels run in Triton's interpreter, or on a null device, where they are not run at all."""
+    """Whether the kernels run in Triton's interpreter, or on a null device, which does not run them."""
     return INTERPRETED or is_null()
 
 

@@ -1,22 +1,22 @@
-"""Interpolation between rows, its adjoint, and steps from rows to both sides: one launch, each element moved once."""
+"""Interpolation between rows, its adjoint, and central differences around rows: one launch, each element moved once."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import launch
-from .tiles import NUMBERS, pointers, tile, tile_of, vector_of, whole
+from .tiles import LENGTHS, multiple_of, pointers, tile, tile_of, vector_of
 
 
-@triton.jit(do_not_specialize_on_alignment=NUMBERS)
+@triton.jit(do_not_specialize_on_alignment=LENGTHS)
 def interpolate_kernel(
     real, fake, alpha, out, rows, width, tiles, real_stride, fake_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     # out_i = alpha_i fake_i + (1 - alpha_i) real_i, in the precision of alpha. Exact at alpha = 0 and alpha = 1.
     acc = alpha.dtype.element_ty
-    width = whole(width, VECTOR)
-    real_stride, fake_stride = whole(real_stride, VECTOR), whole(fake_stride, VECTOR)
+    width = multiple_of(width, VECTOR)
+    real_stride, fake_stride = multiple_of(real_stride, VECTOR), multiple_of(fake_stride, VECTOR)
     row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
     x = tl.load(pointers(real, row, real_stride, begin, COLS), mask=mask, other=0.0).to(acc)
     y = tl.load(pointers(fake, row, fake_stride, begin, COLS), mask=mask, other=0.0).to(acc)
@@ -24,14 +24,14 @@ def interpolate_kernel(
     tl.store(pointers(out, row, width, begin, COLS), a * y + (1.0 - a) * x, mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=NUMBERS)
+@triton.jit(do_not_specialize_on_alignment=LENGTHS)
 def interpolate_adjoint_kernel(
     cotangent, alpha, real_grad, fake_grad, rows, width, tiles, stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     # real_grad_i = (1 - alpha_i) cotangent_i,  fake_grad_i = alpha_i cotangent_i; a grad that is None is not written.
     acc = alpha.dtype.element_ty
-    width, stride = whole(width, VECTOR), whole(stride, VECTOR)
+    width, stride = multiple_of(width, VECTOR), multiple_of(stride, VECTOR)
     row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
     c = tl.load(pointers(cotangent, row, stride, begin, COLS), mask=mask, other=0.0).to(acc)
     a = tl.load(alpha + row, mask=in_batch, other=0.0)[:, None]
@@ -41,15 +41,15 @@ def interpolate_adjoint_kernel(
         tl.store(pointers(fake_grad, row, width, begin, COLS), a * c, mask=mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=NUMBERS)
+@triton.jit(do_not_specialize_on_alignment=LENGTHS)
 def perturb_kernel(
     points, gradients, column, plus, minus, rows, width, tiles, points_stride, gradients_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     # plus_i = points_i + c_i gradients_i,  minus_i = points_i - c_i gradients_i, in the precision of c.
     acc = column.dtype.element_ty
-    width = whole(width, VECTOR)
-    points_stride, gradients_stride = whole(points_stride, VECTOR), whole(gradients_stride, VECTOR)
+    width = multiple_of(width, VECTOR)
+    points_stride, gradients_stride = multiple_of(points_stride, VECTOR), multiple_of(gradients_stride, VECTOR)
     row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
     x = tl.load(pointers(points, row, points_stride, begin, COLS), mask=mask, other=0.0).to(acc)
     g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0).to(acc)

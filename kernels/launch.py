@@ -1,4 +1,4 @@
-"""How every kernel here is launched, on which device, and what the row reductions count arrivals in."""
+"""How every kernel here is launched, on which device, and the counters of the row reductions."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -11,12 +11,12 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .tiles import NUM_WARPS
 
-# The releases in which `JITFunction.run` was read: what it specialises a kernel on, and how it calls the one compiled.
+# The releases whose `JITFunction.run` was read: what it specialises a kernel on, and how it calls the compiled kernel.
 DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 8)
 
-# By what Triton chooses kernels by, and more. Forgotten when there are too many: Triton itself forgets nothing.
-_known: dict[tuple[Any, ...], tuple[Any, int, Any]] = {}
-_MOST_KNOWN = 4096
+# Compiled kernels, by what Triton chooses them by, and more. Cleared at a limit, though Triton itself has none.
+_compiled: dict[tuple[Any, ...], tuple[Any, int, Any]] = {}
+_MOST_COMPILED = 4096
 
 
 def launch(
@@ -30,28 +30,27 @@ def launch(
     """Run `kernel` on a grid of `programs`, on the device of the first tensor. Its arguments come in their order.
 
     A kernel that was launched before is found by a key of our own and called as Triton would call it: at a GAN's sizes,
-    `kernel[grid]` takes longer than the kernel. The key is finer than Triton's, which has of a tensor its type and
-    whether it is aligned, and of an integer whether it is 1 and whether it has more than 32 bits. For AMD it has of a
-    tensor also whether its storage ends within 2^31 bytes, so that offsets fit into 32 bits: these depend on nothing
-    but the integers.
+    `kernel[grid]` takes longer than the kernel. The key is finer than Triton's, which has a tensor's type and whether
+    it is aligned, and whether an integer is 1 or needs more than 32 bits. For AMD, Triton's also has whether a tensor's
+    storage ends within 2^31 bytes, so that offsets fit into 32 bits, which depends on the integers alone.
     """
-    if not DIRECT or isinstance(kernel, InterpretedFunction) or _watched(kernel):
-        with _current(tensors[0].device):
+    if not DIRECT or isinstance(kernel, InterpretedFunction) or _has_hooks(kernel):
+        with _on_device(tensors[0].device):
             _launch_by_triton(kernel, programs, *tensors, *integers, *floats, *constants)
         return
     device = driver.active.get_current_device()
     holder = tensors[0].get_device()
-    if holder != device and holder >= 0 and device >= 0:  # Triton launches on the current one. Below zero: null devices
-        with _current(tensors[0].device):
+    if holder != device and holder >= 0 and device >= 0:  # Triton launches on the current one; null devices are < 0
+        with _on_device(tensors[0].device):
             return launch(kernel, programs, tensors, integers, floats, constants)
     types = [None if tensor is None else (tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
     key = (kernel.fn, device, integers, constants, *types)
-    known = _known.get(key)
+    known = _compiled.get(key)
     if known is None:
         compiled = _launch_by_triton(kernel, programs, *tensors, *integers, *floats, *constants)
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[key] = compiled, compiled.function, compiled.packed_metadata
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = compiled, compiled.function, compiled.packed_metadata
     else:
         compiled, function, metadata = known
         stream = driver.active.get_current_stream(device)
@@ -61,12 +60,12 @@ def launch(
 
 
 def _launch_by_triton(kernel: Any, programs: int, *args: Any) -> Any:
-    # FMA contraction is asked for by name because Triton's default changes between versions.
+    # FMA contraction is explicit because Triton's default changes between versions.
     return kernel[(programs,)](*args, num_warps=NUM_WARPS, enable_fp_fusion=True)
 
 
-def _watched(kernel: Any) -> bool:
-    """Whether a profiler or a debugger is to see each launch, or has kernels compiled in its own way."""
+def _has_hooks(kernel: Any) -> bool:
+    """Whether a profiler or a debugger observes each launch, or changes how kernels are compiled."""
     runtime = knobs.runtime
     return bool(
         kernel.pre_run_hooks
@@ -83,41 +82,41 @@ def is_interpreted(kernel: Any) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
-def _current(device: torch.device) -> Any:
+def _on_device(device: torch.device) -> Any:
     if device.type == "cpu":
         return nullcontext()
     module = torch.get_device_module(device)
     return nullcontext() if module.current_device() == device.index else module.device(device)
 
 
-# One memset serves so many launches. Its counters are 16 bytes apart: all aligned alike, as Triton asks of pointers.
+# Launches per memset. Counters are 16 bytes apart: Triton specialises kernels on the alignment of pointers.
 _LAUNCHES = 256
 _zeroed: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
 
 
-def arrivals(device: torch.device) -> torch.Tensor:
-    """A zeroed int32 in which the programs of one launch count themselves, and which no other launch ever gets.
+def arrival_counter(device: torch.device) -> torch.Tensor:
+    """A zeroed int32 in which the programs of one launch count their arrivals, and which no other launch ever uses.
 
-    So nobody sets it back, a launch that was aborted half-way spoils no other, and neither streams nor threads share
-    one. The zeros are made on the stream that will launch, many at a time: there the memset comes before the launches
-    and, as torch reuses freed memory on its own stream only, whatever comes into their place comes after them.
+    So it is never reset, an aborted launch affects no other, and neither streams nor threads share one. The zeros are
+    made on the stream that launches, many at a time: the memset is ordered before the launches there and, as torch
+    reuses freed memory on its own stream only, whatever reuses theirs is ordered after them.
     """
-    if device.type == "cpu":  # interpreted, or on a null device: there are neither streams nor graphs
+    if device.type == "cpu":  # interpreted, or on a null device, without streams and graphs
         return _counter(device, 0)
     module = torch.get_device_module(device)
     if module.current_device() != device.index:
         with module.device(device):
-            return arrivals(device)
-    # Not in older versions of torch on XPU.
+            return arrival_counter(device)
+    # Older versions of torch lack it on XPU.
     if hasattr(module, "is_current_stream_capturing") and module.is_current_stream_capturing():
-        # The memset is captured too: each replay begins at zero, whatever stream it is on.
+        # The memset is captured too: each replay begins at zero, on any stream.
         return torch.zeros(1, dtype=torch.int32, device=device)
     return _counter(device, driver.active.get_current_stream(device.index))
 
 
 def _counter(device: torch.device, stream: int) -> torch.Tensor:
     try:
-        return _zeroed[device, stream].pop()  # atomic: threads that launch on one stream get different ones
+        return _zeroed[device, stream].pop()  # atomic: threads that launch on one stream get different counters
     except (KeyError, IndexError):
         counter, *rest = torch.zeros(_LAUNCHES, 4, dtype=torch.int32, device=device).unbind()
         _zeroed[device, stream] = rest

@@ -25,8 +25,18 @@ from torch import Tensor
 
 from fused_gp.form import PenaltyForm, accumulation_type
 
-from .launch import arrivals, launch
-from .tiles import NUMBERS, mask_of, pointers, power_of_two_from, reduction_tile, tile, tile_of, vector_of, whole
+from .launch import arrival_counter, launch
+from .tiles import (
+    LENGTHS,
+    mask_of,
+    multiple_of,
+    pointers,
+    power_of_two_from,
+    reduction_tile,
+    tile,
+    tile_of,
+    vector_of,
+)
 
 
 @triton.jit
@@ -49,7 +59,7 @@ def root(x):
 
 @triton.jit
 def row_weight(n, target, ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr):
-    # w(n). A zero row (n = 0 needs eps = 0) has w = 0: it sits at the minimum of its own n.
+    # w(n). A zero row (n = 0, with eps = 0) has w = 0: it is at the minimum of its own n.
     if SQUARED:
         return tl.full(n.shape, 2.0, n.dtype)
     else:
@@ -57,8 +67,8 @@ def row_weight(n, target, ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr):
 
 
 @triton.jit
-def factor(kappa, kappa_at, acc: tl.constexpr):
-    # kappa: a number, or, where the host does not know it (a GradScaler's), the element of a tensor.
+def load_kappa(kappa, kappa_at, acc: tl.constexpr):
+    # kappa: a number, or the element of a tensor, where it is on the device only (a GradScaler's).
     if kappa_at is None:
         return tl.full((), kappa, acc)
     else:
@@ -70,7 +80,7 @@ def finish_rows(
     total, row, mask, norms, carried, sums, penalty, eps, target, scale,
     ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, DOUBLE: tl.constexpr, LAST: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    # From a row's sum to what is kept of the row; returns its share of the scaled sum over rows.
+    # From a row's sum to its norm and penalty; returns its share of the scaled sum over rows.
     if carried is not None:
         total += tl.load(carried + row, mask=mask, other=0.0)
     if sums is not None:
@@ -92,7 +102,7 @@ def finish_rows(
     return tl.where(mask, value, 0.0)
 
 
-@triton.jit(do_not_specialize_on_alignment=NUMBERS)
+@triton.jit(do_not_specialize_on_alignment=LENGTHS)
 def reduce_rows_kernel(
     gradients, cotangents, norms, carried, sums, penalty, partials, arrived, kappa_at,
     rows, width, tiles, splits, blocks, gradients_stride, cotangents_stride,
@@ -100,17 +110,17 @@ def reduce_rows_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, VECTOR: tl.constexpr, SPLITS: tl.constexpr,
     ONE_SIDED: tl.constexpr, SQUARED: tl.constexpr, LAST: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
-    # Without cotangents: sum x^2 per row. With them: kappa^2 <g, u>. To it comes what is carried from other tensors of
-    # the row; `sums`, where given, keeps it. The last tensor's launch makes norms and penalty of it, or, with
-    # cotangents, the gradient of the upstream factor (in `penalty`).
+    # Without cotangents: sum x^2 per row. With them: kappa^2 <g, u>. The sums carried from other tensors of the row are
+    # added; `sums`, where given, receives the total. The last tensor's launch computes norms and penalty from it, or,
+    # with cotangents, the gradient of the upstream factor (in `penalty`).
     acc = norms.dtype.element_ty
-    kappa = factor(kappa, kappa_at, acc)
+    kappa = load_kappa(kappa, kappa_at, acc)
     eps = tl.full((), eps, acc)
     target = tl.full((), target, acc)
     scale = tl.full((), scale, acc)
     DOUBLE: tl.constexpr = cotangents is not None
-    width = whole(width, VECTOR)
-    gradients_stride, cotangents_stride = whole(gradients_stride, VECTOR), whole(cotangents_stride, VECTOR)
+    width = multiple_of(width, VECTOR)
+    gradients_stride, cotangents_stride = multiple_of(gradients_stride, VECTOR), multiple_of(cotangents_stride, VECTOR)
 
     program = tl.program_id(0)
     share = tl.zeros((ROWS,), acc)
@@ -125,8 +135,8 @@ def reduce_rows_kernel(
             u = tl.load(pointers(cotangents, row, cotangents_stride, begin, COLS), mask=mask, other=0.0)
         lanes = tl.zeros((ROWS, COLS), acc)
         for _ in range(split, tiles, splits):
-            # The next tile is on its way while this one is summed. ptxas, which would rather save registers, otherwise
-            # waits for each of a thread's loads before it issues the next.
+            # The next tile is loaded while this one is summed. ptxas, to save registers, otherwise waits for each of a
+            # thread's loads before it issues the next.
             begin += splits * COLS
             mask = mask_of(in_batch, begin, width, COLS)
             next_g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0)
@@ -148,21 +158,22 @@ def reduce_rows_kernel(
         else:
             tl.store(partials + row * SPLITS + split, total)  # ROWS and blocks are 1 here
     if SPLITS == 1 and REDUCE:
-        if arrived is None:  # nobody else comes
+        if arrived is None:  # this is the only program
             tl.store(penalty, tl.sum(share, axis=0))
         else:
             tl.store(partials + program, tl.sum(share, axis=0))
 
     if arrived is not None:
-        # The last program to arrive finishes. On its way there every partial sum passes
+        # The last program to arrive finishes. What makes every partial sum visible to it:
         #   the store       plain, by a thread that Triton chooses;
-        #   the barrier     the stores of all the program's threads come before the arrival, which one of them makes;
-        #   the arrival     a release: whoever sees it, sees what came before it, the other threads' stores included;
-        #                   and an acquire: this program sees what came before the arrivals counted so far (each took
-        #                   in the one before it). Which program is the last, and has to acquire, it tells only then;
-        #   a barrier       Triton's own, between the thread that arrived and those to which it hands the count;
-        #   the loads       plain: the acquire emptied the processor's cache of what it held from before.
-        # Loads and stores of anything else are of one program alone.
+        #   the barrier     orders the stores of all the program's threads before the arrival, which one of them makes;
+        #   the arrival     a release: a program that observes it observes what came before it, the other threads'
+        #                   stores included; and an acquire: this program observes what came before the arrivals
+        #                   counted so far (each acquired the one before it). Which program is the last is known only
+        #                   afterwards, so all of them acquire;
+        #   a barrier       Triton's own, between the thread that arrived and those that receive the count;
+        #   the loads       plain: the acquire invalidated the processor's cache.
+        # All other loads and stores are of memory that one program alone uses.
         tl.debug_barrier()
         programs = tl.num_programs(0)
         if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == programs - 1:
@@ -178,7 +189,7 @@ def reduce_rows_kernel(
                     each = (first + tl.arange(0, FEW)).to(tl.int64)
                     known = each < rows
                     split = tl.arange(0, SPLITS)[None, :]
-                    # Nobody wrote those past the last split. They are loaded and left out, so that loads are wide.
+                    # Those past the last split were not written. They are loaded and left out, so that loads are wide.
                     sums_of = tl.load(partials + each[:, None] * SPLITS + split, mask=known[:, None], other=0.0)
                     row_sums = tl.sum(tl.where(split < splits, sums_of, 0.0), axis=1)
                     grand_total += tl.sum(
@@ -191,7 +202,7 @@ def reduce_rows_kernel(
                 tl.store(penalty, grand_total)
 
 
-@triton.jit(do_not_specialize_on_alignment=NUMBERS)
+@triton.jit(do_not_specialize_on_alignment=LENGTHS)
 def scale_rows_kernel(
     gradients, cotangents, norms, dots, upstream, kappa_at, out,
     rows, width, tiles, gradients_stride, cotangents_stride, upstream_stride,
@@ -200,11 +211,11 @@ def scale_rows_kernel(
 ):  # fmt: skip
     # Without cotangents: a scale kappa^2 w g. With them: a scale kappa^2 [w u + (w'/n) s g].
     acc = norms.dtype.element_ty
-    kappa = factor(kappa, kappa_at, acc)
+    kappa = load_kappa(kappa, kappa_at, acc)
     target = tl.full((), target, acc)
     scale = tl.full((), scale, acc)
-    width = whole(width, VECTOR)
-    gradients_stride, cotangents_stride = whole(gradients_stride, VECTOR), whole(cotangents_stride, VECTOR)
+    width = multiple_of(width, VECTOR)
+    gradients_stride, cotangents_stride = multiple_of(gradients_stride, VECTOR), multiple_of(cotangents_stride, VECTOR)
 
     row, in_batch, begin, mask = tile_of(tl.program_id(0), rows, width, tiles, ROWS, COLS)
     if cotangents is not None:
@@ -212,7 +223,7 @@ def scale_rows_kernel(
     if cotangents is None or not SQUARED:
         g = tl.load(pointers(gradients, row, gradients_stride, begin, COLS), mask=mask, other=0.0).to(acc)
 
-    # kappa goes with g, u and a one by one: its square would leave the range of fp32 where it does not.
+    # kappa multiplies g, u and a one by one: its square can leave the range of fp32 where these products do not.
     a = tl.load(upstream + row * upstream_stride, mask=in_batch, other=0.0) * scale * kappa
     n = tl.load(norms + row, mask=in_batch, other=1.0)
     w = (a * row_weight(n, target, ONE_SIDED, SQUARED))[:, None]
@@ -227,9 +238,9 @@ def scale_rows_kernel(
                 flat = n <= target
             inverse = 1.0 / tl.where(flat, 1.0, n)
             s = tl.load(dots + row, mask=in_batch, other=0.0)
-            bend = tl.where(flat, 0.0, a * (2.0 * target * inverse) * (s * inverse))
-            value += bend[:, None] * (g * kappa * inverse[:, None])
-    if out.dtype.element_ty != acc:  # fp64, where a half tensor is beside a fp64 one, has no cast to bf16 of its own
+            curvature = tl.where(flat, 0.0, a * (2.0 * target * inverse) * (s * inverse))
+            value += curvature[:, None] * (g * kappa * inverse[:, None])
+    if out.dtype.element_ty != acc:  # a half tensor beside a fp64 one: there is no direct cast from fp64 to bf16
         value = value.to(tl.float32)
     tl.store(pointers(out, row, width, begin, COLS), value, mask=mask)
 
@@ -258,7 +269,7 @@ def penalty_double_backward(
     """(R, N) cotangents of the backward -> gradients of its `gradients` and, where needed, of its `upstream`."""
     dots = torch.empty_like(norms)
     upstream_grad = norms.new_empty(upstream.shape) if upstream_needed else None
-    if upstream_needed or not form.squared:  # squared alone has w' = 0: its dots go nowhere
+    if upstream_needed or not form.squared:  # squared has w' = 0: its dots are not needed
         _reduce_rows(gradients, cotangents, norms, dots, upstream_grad, form)
     pairs = zip(gradients, cotangents, strict=True)
     return [_scale_rows(g, u, norms, dots, upstream, form) for g, u in pairs], upstream_grad
@@ -286,13 +297,13 @@ def _reduce_rows(
         tiling = reduction_tile(rows, width, itemsize)
         programs, splits, slots = tiling.programs, tiling.splits, power_of_two_from(tiling.splits)
         vector = vector_of(itemsize, width | stride | u_stride)
-        meet = programs > 1 and (reduce or splits > 1)  # only then are there partial sums, and somebody to finish them
+        partial = programs > 1 and (reduce or splits > 1)  # there are partial sums, which the last program adds up
         launch(
             reduce_rows_kernel, programs,
             (
                 g, u, norms, carried, sums, result,
-                norms.new_empty(rows * slots if slots > 1 else programs) if meet else None,
-                arrivals(g.device) if meet else None, kappa_at,
+                norms.new_empty(rows * slots if slots > 1 else programs) if partial else None,
+                arrival_counter(g.device) if partial else None, kappa_at,
             ),
             (rows, width, tiling.tiles, splits, tiling.blocks, stride, u_stride),
             (kappa, form.eps, form.target, form.scale),

@@ -1,10 +1,10 @@
-"""A device that runs nothing: Triton compiles for a GPU that need not exist, and every launch is written down instead.
+"""A device that runs nothing: Triton compiles for a GPU that need not exist, and every launch is recorded instead.
 
     with null_device(GPUTarget("cuda", 90, 32)) as launches:
-        kernels.interpolate(real, fake, alpha)  # tensors on the CPU; what comes out was never computed
+        kernels.interpolate(real, fake, alpha)  # tensors on the CPU; the result is not computed
     launches[0].name, launches[0].grid, launches[0].arguments["real"], launches[0].compiled.asm["ptx"]
 
-For tests and benchmarks on machines without a GPU: which kernels are launched, on what, and what the host pays for it.
+For tests and benchmarks on machines without a GPU: which kernels are launched with which arguments, and the host time.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from triton.runtime import driver
 from .interpolation import interpolate_kernel
 from .launch import is_interpreted
 
-MAX_THREADS = 1024  # of a program, on NVIDIA's and AMD's devices alike
+MAX_THREADS = 1024  # of a program, on NVIDIA and AMD
 
 
 class Launch(NamedTuple):
@@ -52,10 +52,10 @@ class Launch(NamedTuple):
 
 @contextmanager
 def null_device(target: GPUTarget, index: int = 0) -> Iterator[list[Launch]]:
-    """While it lasts, Triton's current device is one of `target` that launches nothing; yields the list of launches.
+    """Inside, Triton's current device is one of `target` that launches nothing; yields the list of launches.
 
-    Kernels are compiled once a process for each pair of target and index. The driver that was active before is active
-    again afterwards. Like Triton's driver, it holds for all threads.
+    Kernels are compiled once per process for each pair of target and index. Afterwards the former driver is active
+    again. Like Triton's driver, this one is that of all threads.
 
     Raises:
         RuntimeError: the kernels are interpreted: TRITON_INTERPRET=1 was set when they were imported.
@@ -65,7 +65,7 @@ def null_device(target: GPUTarget, index: int = 0) -> Iterator[list[Launch]]:
             "null_device records launches of compiled kernels, but these are interpreted: TRITON_INTERPRET=1 was set "
             "when fused_gp.kernels was imported"
         )
-    former = driver._active  # `driver.active` would look for a real device where none has been asked for
+    former = driver._active  # `driver.active` would look for a real device
     null = _NullDriver(target, _device(target, index))
     driver.set_active(null)
     try:
@@ -84,12 +84,12 @@ _below_zero = count(-1, -1)
 
 @cache
 def _device(target: GPUTarget, index: int) -> int:
-    """The number by which Triton keeps its compiled kernels: never a real device's, so that they never mix."""
+    """The device number under which Triton keeps its compiled kernels: never a real device's."""
     return next(_below_zero)
 
 
 class _NullDriver:
-    """As much of a Triton driver as `JITFunction.run` and `CompiledKernel` ask for, in Triton 3.5 to 3.8."""
+    """The parts of a Triton driver that `JITFunction.run` and `CompiledKernel` use, in Triton 3.5 to 3.8."""
 
     def __init__(self, target: GPUTarget, device: int) -> None:
         self.target, self.device = target, device
@@ -97,7 +97,7 @@ class _NullDriver:
         self.launcher_cls = _Recorder
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": inf},
-            # module (None: there is nothing to unload), function, registers, spills (unknown) and threads of a program
+            # module (None: nothing to unload), function, registers, spills (unknown) and threads of a program
             load_binary=lambda name, binary, shared, device: (None, None, None, None, MAX_THREADS),
         )
 
@@ -112,7 +112,7 @@ class _NullDriver:
 
 
 class _Recorder:
-    """What a compiled kernel is run by: here, written down by."""
+    """In place of a compiled kernel's launcher."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         self.src, self.device = src, driver.active.get_current_device()

@@ -1,7 +1,7 @@
-"""Launch settings: how an (rows, width) problem is cut into programs.
+"""Launch settings: how an (rows, width) problem is divided into programs.
 
-A small fixed table instead of an autotuner: a setting that changed from run to run would change the order of
-summation, and with it the last bits of every penalty.
+Fixed rules instead of an autotuner: a setting that changed from run to run would change the order of summation, and
+with it the last bits of every penalty.
 """
 
 from functools import lru_cache
@@ -13,8 +13,8 @@ import triton.language as tl
 # A program is four warps, and a tile 8192 bytes of each tensor: 128 threads x 4 loads x 16 bytes. (Four wavefronts of
 # 64 are 256 threads, of 2 loads each.)
 #
-# To draw its whole bandwidth, a device must have asked for bandwidth x latency bytes that have not come yet (Little's
-# law). With the makers' bandwidths, and taking 0.8 us for an access to busy memory (1 us on the MI300X):
+# To use its whole bandwidth, a device needs bandwidth x latency bytes in flight (Little's law). With the makers'
+# bandwidths, and a latency of 0.8 us under load (1 us on the MI300X):
 #
 #                bandwidth    processors    bytes in flight    per processor
 #   A100 80 GB    2.0 TB/s       108            1.6 MB             15 KB
@@ -22,23 +22,22 @@ import triton.language as tl
 #   B200          8.0 TB/s       148            6.4 MB             43 KB
 #   MI300X        5.3 TB/s       304            5.3 MB             17 KB
 #
-# What fits a processor at once asks for more: 5 to 16 programs, the fewer the more registers their threads need to have
-# 32 to 128 bytes each on the way; 48 KB and more on all four. `python -m fused_gp inspect` prints it for each kernel,
-# and tests/test_compile_only.py holds it against this table.
+# A processor holds 5 to 16 programs at once, fewer where threads need more registers for their 32 to 128 bytes each: 48
+# KB and more in flight on all four. `python -m fused_gp inspect` prints it for each kernel, and
+# tests/kernels/test_compile_only.py compares it with this table.
 NUM_WARPS = 4
 TILE_BYTES = 8192
 
-# In a reduction, 2048 programs with a tile each on its way are 16.8 MB in flight: enough for any of them when rows and
-# slices come out at half as many. With more programs, and so more partial sums, the last one would have more to do
-# alone: 2048 are one tile for it, 16 a thread. On a cycle-level model of a V100, summing 4 rows of 65,536 floats took
-# 23,380 cycles with 1 program per row, 2,999 with 16 and 2,598 with 32, each one tile long.
+# In a reduction, 2048 programs with a tile each are 16.8 MB in flight: enough for all of them even where rows and
+# splits give half as many. With more programs, and so more partial sums, the last one would have more to add up alone:
+# 2048 are one tile, 16 a thread. On a cycle-level model of a V100, summing 4 rows of 65,536 floats took 23,380 cycles
+# with 1 program per row, 2,999 with 16 and 2,598 with 32, each one tile long.
 PROGRAMS = 2048
 
 
 class Tiling(NamedTuple):
-    """How many programs there are, and the tiles of `rows` x `cols` that they treat, `tiles` of them along a row. In a
-    reduction `splits` programs share the tiles of a row, or one walks `blocks` tiles of different rows, one after the
-    other.
+    """The number of programs, and their tiles of `rows` x `cols`, `tiles` of them along a row. In a reduction `splits`
+    programs share the tiles of a row, or one program loops over `blocks` tiles of different rows.
     """
 
     programs: int
@@ -50,7 +49,7 @@ class Tiling(NamedTuple):
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. On the host `triton.cdiv` takes longer than a launch may: it is there for kernels too."""
+    """a / b, rounded up. On the host `triton.cdiv`, which serves kernels too, takes longer than a launch."""
     return -(-a // b)
 
 
@@ -58,7 +57,7 @@ def power_of_two_from(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-# Training asks for the same few tilings at every step, and working one out takes as long as allocating a tensor.
+# Training needs the same few tilings at every step, and computing one takes as long as allocating a tensor.
 @lru_cache(maxsize=1024)
 def tile(rows: int, width: int, itemsize: int) -> Tiling:
     """For kernels that write every element: one tile per program, several short rows in one tile."""
@@ -81,33 +80,33 @@ def reduction_tile(rows: int, width: int, itemsize: int) -> Tiling:
     return tiling._replace(programs=rows * splits, splits=splits)
 
 
-# Of these numbers it does not matter whether they are multiples of 16: Triton shall not compile a kernel for each case.
-NUMBERS = ["width", "tiles", "splits", "blocks", "stride", "real_stride", "fake_stride", "points_stride",
+# Arguments that Triton does not specialise kernels on as multiples of 16: VECTOR tells what they are multiples of.
+LENGTHS = ["width", "tiles", "splits", "blocks", "stride", "real_stride", "fake_stride", "points_stride",
            "gradients_stride", "cotangents_stride", "upstream_stride"]  # fmt: skip
 
 
 def vector_of(itemsize: int, lengths: int) -> int:
-    """The kernels' VECTOR: how many elements, up to 16 bytes of them, divide every length.
+    """The kernels' VECTOR: the largest number of elements, up to 16 bytes, that divides every length.
 
-    Lengths, of a row and from row to row, come joined by "or". Knowing that each row begins and ends at a multiple of
-    it, kernels load as much at once where the tensor begins at a multiple of 16 bytes. Triton by itself asks only
-    whether 16 divides a length: rows of 100 fp32 would be loaded one element at a time.
+    The lengths, of a row and from row to row, are combined by bitwise or. Kernels load VECTOR elements at once where
+    the tensor is aligned to 16 bytes. Triton itself checks only whether 16 divides a length: rows of 100 fp32 would be
+    loaded one element at a time.
     """
     bits = lengths * itemsize | 16
     return (bits & -bits) // itemsize
 
 
 @triton.jit
-def whole(length, VECTOR: tl.constexpr):
-    # Rounded up to a multiple of VECTOR, which is 1, 2, 4 or 8. It is one already, but now the compiler sees it.
+def multiple_of(length, VECTOR: tl.constexpr):
+    # Rounded up to a multiple of VECTOR, which is 1, 2, 4 or 8. It is one already; this shows it to the compiler.
     SHIFT: tl.constexpr = VECTOR // 2 - VECTOR // 8
     return (length + (VECTOR - 1)) >> SHIFT << SHIFT
 
 
 @triton.jit
 def tile_of(program, rows, width, tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
-    # A program's tile: its rows, which of them exist, the column at which it begins, and which elements exist.
-    # Where tensors pass 2^31 elements, so may each of these products; inside a tile 32 bits do.
+    # A program's tile: its rows, which of them exist, its first column, and which elements exist.
+    # In tensors past 2^31 elements each of these products may be too; inside a tile 32 bits are enough.
     row = (program // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     begin = (program % tiles).to(tl.int64) * COLS
     return row, row < rows, begin, mask_of(row < rows, begin, width, COLS)
@@ -121,5 +120,5 @@ def mask_of(in_batch, begin, width, COLS: tl.constexpr):
 
 @triton.jit
 def pointers(tensor, row, stride, begin, COLS: tl.constexpr):
-    # Pointers to a tile: one 64-bit address for each row, to which the columns are added.
+    # Pointers to a tile: one 64-bit address per row, plus the columns.
     return (tensor + row * stride + begin)[:, None] + tl.arange(0, COLS)[None, :]

@@ -180,7 +180,7 @@ def current():
         mock.patch.object(driver.active, "device", 0),
         mock.patch.object(driver.active, "get_current_stream", lambda device: 70 + device),
         mock.patch.object(torch.Tensor, "get_device", return_value=1),
-        mock.patch.object(launch, "_current", made_current),
+        mock.patch.object(launch, "_on_device", made_current),
         mock.patch.object(_Recorder, "__call__", record),
     ):
         for _ in range(2):  # by Triton, which compiles; directly
@@ -257,13 +257,13 @@ def variants():
 
 def many():
     """Launches that are known, after more shapes than are kept; and how many of two of the last shape Triton makes."""
-    with null_device(TARGET), mock.patch.object(launch, "_MOST_KNOWN", 5):
+    with null_device(TARGET), mock.patch.object(launch, "_MOST_COMPILED", 5):
         for width in range(1, 20):
             kernels.interpolate(torch.randn(4, width), torch.randn(4, width), torch.rand(4, 1))
         with counted_runs() as runs:
             for _ in range(2):
                 kernels.interpolate(torch.randn(4, width), torch.randn(4, width), torch.rand(4, 1))
-    return [len(launch._known), len(runs)]
+    return [len(launch._compiled), len(runs)]
 
 
 @contextmanager

@@ -299,7 +299,7 @@ def test_launch_after_launch(widths):
     """On one stream, none of them clearing anything, more of them than one memset serves."""
     args = problem(widths)
     expected = forward(*args)
-    kept = [launch.arrivals(torch.device("cpu")) for _ in range(launch._LAUNCHES - 2)]
+    kept = [launch.arrival_counter(torch.device("cpu")) for _ in range(launch._LAUNCHES - 2)]
     calls = [recorded(forward, *args) for _ in range(4)]
     with weak_memory(0) as machine:
         machine.run([start for _, launches in calls for start in launches])
@@ -309,7 +309,7 @@ def test_launch_after_launch(widths):
 
 def share_a_counter(patches):
     counter = torch.zeros(1, dtype=torch.int32)
-    patches.setattr(norm_penalty, "arrivals", lambda device: counter)
+    patches.setattr(norm_penalty, "arrival_counter", lambda device: counter)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -359,7 +359,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
     active = SimpleNamespace(get_current_stream=lambda index: device.stream)
     monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
-    device.arrivals = lambda: launch.arrivals(torch.device("cuda", 0))
+    device.arrivals = lambda: launch.arrival_counter(torch.device("cuda", 0))
     return device
 
 

@@ -34,7 +34,7 @@ def virtual_memory():
     with (
         FakeTensorMode(),
         mock.patch.object(interpreter.InterpretedFunction, "run", run),
-        mock.patch.object(norm_penalty, "arrivals", side_effect=lambda _: torch.zeros(1, dtype=torch.int32)),
+        mock.patch.object(norm_penalty, "arrival_counter", side_effect=lambda _: torch.zeros(1, dtype=torch.int32)),
     ):
         yield launches
 

@@ -1,4 +1,4 @@
-"""`python -m fused_gp`: what a bug report needs. `python -m fused_gp inspect`: what compilers make of the kernels."""
+"""`python -m fused_gp`: what a bug report needs. `python -m fused_gp inspect`: what the kernels are compiled to."""
 
 import argparse
 import json
@@ -20,9 +20,9 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m fused_gp", description=report.__doc__)
     command = parser.add_subparsers(dest="command").add_parser(
         "inspect",
-        help="compile every kernel for GPUs that need not be here, and print what came out",
-        description="Compile every kernel for each target, with no GPU, and print what came out. The columns are "
-        "explained in fused_gp/inspection.py.",
+        help="compile every kernel for GPUs that need not be present, and print what they cost",
+        description="Compile every kernel for each target, without a GPU, and print what it costs. "
+        "fused_gp/inspection.py explains the columns.",
     )
     command.add_argument("--target", nargs="+", default=DEFAULT_TARGETS, help="GPUs, such as sm_90 or gfx942")
     command.add_argument("--json", action="store_true", help="a list of objects instead of a table")
@@ -86,7 +86,7 @@ def _devices() -> list[torch.device]:
 
 
 def _parity(device: torch.device) -> float:
-    """Largest relative difference between our weight gradients in fp32 and those of plain autograd in fp64."""
+    """The largest relative difference between our weight gradients in fp32 and those of plain autograd in fp64."""
     draw = torch.Generator().manual_seed(0)
     weight, last = torch.randn(48, 32, generator=draw), torch.randn(32, generator=draw)
     real, fake = torch.randn(16, 3, 4, 4, generator=draw), torch.randn(16, 3, 4, 4, generator=draw)

@@ -1,10 +1,10 @@
 """Argument validation. Every error names the argument, what was given and what was expected."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .form import METHODS, Method, PenaltyForm, accumulation_type
 # for a tensor by itself, the type for a tuple or list of tensors alone, a TreeSpec for everything else.
 Structure = TreeSpec | type | None
 
+R = TypeVar("R")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -201,8 +202,25 @@ def output_weights(value: Any, outputs: Any, tensors: list[Tensor], structure: S
     return factors
 
 
+def _remembered(validate: Callable[..., R]) -> Callable[..., R]:
+    """Training passes the same options at every step, and validating them again costs as much as three operations on a
+    GPU. Typed, because 1 is not a flag but equals True."""
+    remembered = lru_cache(maxsize=256, typed=True)(validate)
+
+    def validated(*options: Any, **more: Any) -> R:
+        if torch.compiler.is_dynamo_compiling():
+            return validate(*options, **more)
+        try:
+            return remembered(*options, **more)
+        except TypeError:  # an option of a wrong type, or one that cannot be hashed
+            return validate(*options, **more)
+
+    return validated
+
+
+@_remembered
 def penalty_form(
-    tensors: Sequence[Tensor],
+    batch: int,
     target: Any,
     one_sided: Any,
     eps: Any,
@@ -212,28 +230,27 @@ def penalty_form(
     group_size: Any = 1,
     squared: Any = False,
 ) -> PenaltyForm:
-    """The penalty that these options mean for these samples, with nothing scaled."""
-    given = (tensors[0].shape[0], group_size, target, one_sided, squared, eps, weight, reduction, return_norms)
-    if torch.compiler.is_dynamo_compiling():
-        return _form(*given)
-    try:
-        return _known_form(*given)
-    except TypeError:  # one of them is of a wrong type, or cannot be hashed
-        return _form(*given)
+    """The penalty that these options mean for a batch of this size, with nothing scaled."""
+    target = number("target", target, minimum=0)
+    eps = number("eps", eps, minimum=0)
+    weight = number("weight", weight)
+    flag("one_sided", one_sided)
+    flag("squared", squared)
+    flag("return_norms", return_norms)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    group_size = positive_int("group_size", group_size)
+    if batch % group_size:
+        raise ValueError(f"group_size must divide the batch, got {group_size} for {batch} samples")
+    rows = batch // group_size
+    squared = squared or target == 0  # with t = 0 the two forms with a root are the squared one, which has none
+    scale = weight / rows if reduction == "mean" else weight
+    return PenaltyForm(rows, target, one_sided, squared, eps, None, scale, reduction != "none")
 
 
+@_remembered
 def method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error: Any) -> Method:
-    """How the gradient is to be taken."""
-    given = (name, step, chunk_size, allow_kinks, return_error)
-    if torch.compiler.is_dynamo_compiling():
-        return _method(*given)
-    try:
-        return _known_method(*given)
-    except TypeError:  # one of them is of a wrong type, or cannot be hashed
-        return _method(*given)
-
-
-def _method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error: Any) -> Method:
+    """How the penalty's gradient is to be computed."""
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
     if step is not None:
@@ -245,10 +262,6 @@ def _method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_erro
     flag("allow_kinks", allow_kinks)
     flag("return_error", return_error)
     return Method(name, step, chunk_size, allow_kinks)
-
-
-# As with the form: validation at every step would cost as much as an operation.
-_known_method = lru_cache(maxsize=64, typed=True)(_method)
 
 
 def score_scale(form: PenaltyForm, value: Any, tensors: Sequence[Tensor]) -> tuple[PenaltyForm, float | Tensor]:
@@ -297,46 +310,6 @@ def _unscaled(form: PenaltyForm, scale: float | Tensor, tensors: Sequence[Tensor
     if isinstance(scale, Tensor):  # inverted in the accumulation type: in fp16 the inverse of a large one is zero
         scale = scale.to(accumulation_type(scale.dtype, *[x.dtype for x in tensors]))
     return form._replace(kappa=1 / scale)
-
-
-def _form(
-    batch: int,
-    group_size: Any,
-    target: Any,
-    one_sided: Any,
-    squared: Any,
-    eps: Any,
-    weight: Any,
-    reduction: Any,
-    return_norms: Any,
-) -> PenaltyForm:
-    target = number("target", target, minimum=0)
-    eps = number("eps", eps, minimum=0)
-    weight = number("weight", weight)
-    flag("one_sided", one_sided)
-    flag("squared", squared)
-    flag("return_norms", return_norms)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    group_size = positive_int("group_size", group_size)
-    if batch % group_size:
-        raise ValueError(f"group_size must divide the batch, got {group_size} for {batch} samples")
-    rows = batch // group_size
-    return PenaltyForm(
-        rows=rows,
-        target=target,
-        one_sided=one_sided,
-        squared=squared or target == 0,  # with t = 0 both sided forms are the squared one: no root, nothing to guard
-        eps=eps,
-        kappa=None,
-        scale=weight / rows if reduction == "mean" else weight,
-        reduce=reduction != "none",
-    )
-
-
-# A loop calls with the same options every time, and validating them again costs as much as three operations on a GPU.
-# Typed, because 1 is not a flag but equals True.
-_known_form = lru_cache(maxsize=256, typed=True)(_form)
 
 
 def number(name: str, value: Any, minimum: float = -math.inf, above: float = -math.inf) -> float:

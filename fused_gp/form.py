@@ -9,21 +9,15 @@ METHODS = ("double_backward", "compiled", "directional", "auto")
 
 
 class PenaltyForm(NamedTuple):
-    """The numbers in the formulas of `kernels/norm_penalty.py`, validated. Both backends receive it.
+    """The numbers in the formulas of `kernels/norm_penalty.py`, validated. Both backends receive it."""
 
-    rows       the number of norms: of the samples, or of the groups of them
-    squared    phi = n^2 without root or eps; target, eps and one_sided then mean nothing
-    kappa      1 / grad_scale, a number or a tensor of one element; None where nothing was scaled
-    scale      the factor on the sum over the rows (reduce) or on each row (otherwise)
-    """
-
-    rows: int
+    rows: int  # the number of norms: of the samples, or of the groups of them
     target: float
     one_sided: bool
-    squared: bool
+    squared: bool  # phi = n^2 without root or eps; target, eps and one_sided then mean nothing
     eps: float
-    kappa: float | Tensor | None
-    scale: float
+    kappa: float | Tensor | None  # 1 / grad_scale, a number or a tensor of one element; None where nothing was scaled
+    scale: float  # the factor on the sum over the rows (reduce), or on each row (otherwise)
     reduce: bool
 
 

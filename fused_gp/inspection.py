@@ -1,6 +1,6 @@
-"""What Triton's compiler makes of every kernel, for GPUs that need not be here: `python -m fused_gp inspect`.
+"""What Triton compiles every kernel to, for GPUs that need not be present: `python -m fused_gp inspect`.
 
-Each variant that the launchers ask for is compiled on a null device, and read in the machine's own instructions.
+Each variant that the launchers use is compiled on a null device, and its machine code is read.
 """
 
 import re
@@ -24,10 +24,10 @@ from .kernels.null_device import Launch, null_device
 
 
 class Processor(NamedTuple):
-    """A target, and how much of its multiprocessor (compute unit) programs may fill at once.
+    """A target, and the limits of its multiprocessor (compute unit): threads, programs, bytes of shared memory.
 
-    NVIDIA: "Technical Specifications per Compute Capability" in the CUDA C++ Programming Guide. AMD: wavefronts of one
-    SIMD and SIMDs of a compute unit, LLVM's "User Guide for AMDGPU Backend"; LLVM itself says how many would fit.
+    NVIDIA: "Technical Specifications per Compute Capability" in the CUDA C++ Programming Guide. AMD: SIMDs of a compute
+    unit times wavefronts of a SIMD, LLVM's "User Guide for AMDGPU Backend"; LLVM itself reports how many fit.
     """
 
     target: GPUTarget
@@ -36,63 +36,47 @@ class Processor(NamedTuple):
     shared: int = 0
 
 
-def _nvidia(capability: int, threads: int, programs: int, shared_kib: int) -> Processor:
-    return Processor(GPUTarget("cuda", capability, 32), threads, programs, shared_kib * 1024)
-
-
 PROCESSORS = {
-    "sm_75": _nvidia(75, 1024, 16, 64),
-    "sm_80": _nvidia(80, 2048, 32, 164),
-    "sm_86": _nvidia(86, 1536, 16, 100),
-    "sm_89": _nvidia(89, 1536, 24, 100),
-    "sm_90": _nvidia(90, 2048, 32, 228),
-    "sm_100": _nvidia(100, 2048, 32, 228),
-    "sm_120": _nvidia(120, 1536, 24, 100),
+    f"sm_{arch}": Processor(GPUTarget("cuda", arch, 32), threads, programs, kib * 1024)
+    for arch, threads, programs, kib in (
+        (75, 1024, 16, 64), (80, 2048, 32, 164), (86, 1536, 16, 100), (89, 1536, 24, 100), (90, 2048, 32, 228),
+        (100, 2048, 32, 228), (120, 1536, 24, 100),
+    )
+} | {
     "gfx90a": Processor(GPUTarget("hip", "gfx90a", 64), 4 * 8 * 64),
     "gfx942": Processor(GPUTarget("hip", "gfx942", 64), 4 * 8 * 64),
     "gfx1100": Processor(GPUTarget("hip", "gfx1100", 32), 2 * 16 * 32),
-}
+}  # fmt: skip
 
-# Registers of an NVIDIA multiprocessor; a warp gets them 256 at a time, and warps come and go by fours.
+# Registers of an NVIDIA multiprocessor. A warp is given 256 at a time, and warps are scheduled in groups of four.
 REGISTERS = 65536
 
 
 class Inspection(NamedTuple):
-    """One variant of a kernel on one target.
-
-    registers, spilled_bytes   of a thread
-    shared_bytes               of a program
-    loads, stores              {bits: instructions} on global memory of one thread, in the code that is counted: the
-                               loop over tiles; without one, all up to the arrival of the program (atomic), or the end
-    elements                   how many elements of a row a thread treats in that code
-    instructions               of any kind in that code
-    in_flight_bytes            the most that a thread has asked of memory before it waits for any of it
-    programs, occupancy        how many programs fit a multiprocessor at once, and which share of its threads they fill
-    moved, minimum             elements read and written for each element of the rows: by the code, and by the arguments
-    arrival                    accesses and barriers from the last store before the atomic to the first load after it
-    """
+    """One variant of a kernel on one target. The code that is counted: the loop over tiles; without one, all up to the
+    arrival of the program (atomic), or the end."""
 
     kernel: str
     variant: str
     dtype: str
     target: str
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    loads: dict[int, int]
+    registers: int  # of a thread
+    spilled_bytes: int  # of a thread
+    shared_bytes: int  # of a program
+    loads: dict[int, int]  # {bits: instructions} on global memory, of one thread in the code that is counted
     stores: dict[int, int]
-    elements: float
-    instructions: int
-    in_flight_bytes: int
-    programs: int
-    occupancy: float
-    moved: int
-    minimum: int
-    arrival: list[str]
+    elements: float  # of a row that a thread processes in that code
+    instructions: int  # of any kind in that code
+    in_flight_bytes: int  # the most that a thread has loaded before it waits for any of it
+    programs: int  # that fit on a multiprocessor at once
+    occupancy: float  # the share of its threads that they fill
+    moved: int  # elements read and written for each element of the rows, by the code
+    minimum: int  # the same, by the arguments
+    arrival: list[str]  # accesses and barriers from the last store before the atomic to the first load after it
 
 
 class Case(NamedTuple):
-    """A batch of rows, and which of the calls below are made on it."""
+    """A batch of rows, and the calls below that are made on it."""
 
     name: str
     rows: int
@@ -102,14 +86,13 @@ class Case(NamedTuple):
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-TWO = FLOATS[:2]
-SINGLE = FLOATS[:1]
+TWO, SINGLE = FLOATS[:2], FLOATS[:1]
 ELEMENTWISE = ("interpolate", "perturb", "backward", "double")
 MAIN = ("forward", *ELEMENTWISE)
 OPTIONS = ("one input", "one-sided", "squared", "several tensors")
 LONG = Case("long rows", 4, 65536, FLOATS, MAIN)
 
-# One case for each way in which rows are cut into programs (kernels/tiles.py), and for each specialisation of Triton's.
+# One case for each way of dividing rows into programs (kernels/tiles.py), and for each specialisation by Triton.
 CASES = (
     LONG,
     Case("many rows", 2049, 65536, TWO, ("forward", "double")),
@@ -126,7 +109,7 @@ CASES = (
 
 
 def inspect(target: str, cases: Iterable[Case] = CASES) -> list[Inspection]:
-    """Compile the kernels for a target, one of `PROCESSORS`, and read what came out."""
+    """Compile the kernels for a target, one of `PROCESSORS`, and read their machine code."""
     found: dict[int, tuple[Launch, str]] = {}
     processor = PROCESSORS[target].target
     with null_device(processor) as launches:
@@ -136,24 +119,16 @@ def inspect(target: str, cases: Iterable[Case] = CASES) -> list[Inspection]:
                     launches.clear()
                     _call(call, case.rows, case.width, dtype)
                     for launch in launches:  # two calls may need the same kernel
-                        found.setdefault(id(launch.compiled), (_without_memory(launch), case.name))
+                        values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in launch.values]
+                        found.setdefault(id(launch.compiled), (launch._replace(values=tuple(values)), case.name))
     kernels = [launch.compiled for launch, _ in found.values()]
-    machines: Iterable[_Nvidia | _Amd] = (
-        _nvidia_kernels(kernels, processor.arch) if processor.backend == "cuda" else map(_Amd, kernels)
-    )
-    return [
-        _inspection(launch, case, target, machine)
-        for (launch, case), machine in zip(found.values(), machines, strict=True)
-    ]
-
-
-def _without_memory(launch: Launch) -> Launch:
-    values = (value.to("meta") if isinstance(value, torch.Tensor) else value for value in launch.values)
-    return launch._replace(values=tuple(values))
+    nvidia = processor.backend == "cuda"
+    codes: Iterable[_Nvidia | _Amd] = _nvidia_kernels(kernels, processor.arch) if nvidia else map(_Amd, kernels)
+    return [_inspection(launch, case, target, code) for (launch, case), code in zip(found.values(), codes, strict=True)]
 
 
 def _call(call: str, rows: int, width: int, dtype: torch.dtype) -> None:
-    """The launchers, on memory that nothing ever touches."""
+    """The launchers, on memory that is neither read nor written."""
     x = torch.empty(rows, width, dtype=dtype)
     column = torch.empty(rows, 1, dtype=accumulation_type(dtype))
     if call == "interpolate":
@@ -179,7 +154,7 @@ def _penalty(
     gradients: list[torch.Tensor], orders: Sequence[str] = ("forward", "backward", "double"), one_sided: bool = False,
     squared: bool = False, reduction: str = "mean", grad_scale: Any = None,
 ) -> None:  # fmt: skip
-    form = arguments.penalty_form(gradients, 1.0, one_sided, 1e-12, 1.0, reduction, False, squared=squared)
+    form = arguments.penalty_form(len(gradients[0]), 1.0, one_sided, 1e-12, 1.0, reduction, False, squared=squared)
     if grad_scale is not None:
         form = arguments.gradient_scale(form, grad_scale, gradients)
     norms = torch.empty(form.rows, dtype=accumulation_type(*[g.dtype for g in gradients]))
@@ -196,19 +171,23 @@ def _inspection(launch: Launch, case: str, target: str, machine: "_Nvidia | _Amd
     processor, constants = PROCESSORS[target], launch.constexprs
     threads = launch.compiled.metadata.num_warps * processor.target.warp_size
     programs = machine.programs(processor, threads)
-    code = _up_to(machine.arrives_at(), machine.code)
+    arrival = next((at for at, i in enumerate(machine.code) if re.search("ATOM|_atomic_", i.text)), None)
+    code = _up_to(arrival, machine.code)
     loops = [instruction for loop in _loops_over_tiles(code) for instruction in loop]
     counted = loops or code
 
-    rows = {name: tensor for name, tensor in launch.arguments.items() if _is_batch(tensor, launch)}
+    matrices = {name: t for name, t in launch.arguments.items() if isinstance(t, torch.Tensor) and t.ndim == 2}
+    rows = {name: tensor for name, tensor in matrices.items() if name not in ("alpha", "column")}
     dtype = next(iter(rows.values())).dtype
     minimum = len(rows)
     if launch.name == "scale_rows_kernel" and constants["SQUARED"] and "cotangents" in rows:
-        minimum -= 1  # w' = 0: the gradients do not matter
+        minimum -= 1  # w' = 0: the gradients are not needed
     reads, writes = _moved(launch.compiled.asm["ttir"], f"{constants['ROWS']}x{constants['COLS']}x")
 
-    tile = max(constants["ROWS"] * constants["COLS"], threads)  # of fewer elements, several threads treat the same one
-    # A compiler may have unrolled the loop: its body then loads several tiles.
+    tile = max(
+        constants["ROWS"] * constants["COLS"], threads
+    )  # of fewer elements, several threads process the same one
+    # The compiler may have unrolled the loop, whose body then loads several tiles.
     loaded = sum(i.load for i in loops) / 8 * threads
     tiles = max(1, int(loaded / (tile * max(1, reads) * dtype.itemsize)))
     return Inspection(
@@ -232,11 +211,6 @@ def _inspection(launch: Launch, case: str, target: str, machine: "_Nvidia | _Amd
     )
 
 
-def _is_batch(value: Any, launch: Launch) -> bool:
-    given = launch.arguments
-    return isinstance(value, torch.Tensor) and value.ndim == 2 and value is not given.get("alpha", given.get("column"))
-
-
 def _options(launch: Launch, dtype: torch.dtype) -> Iterator[str]:
     given, constants = launch.arguments, launch.constexprs
     if launch.name == "interpolate_adjoint_kernel":
@@ -258,12 +232,12 @@ def _options(launch: Launch, dtype: torch.dtype) -> Iterator[str]:
 
 
 def _moved(ttir: str, tile: str) -> tuple[int, int]:
-    """How often each element of a tile is read, and written, in Triton's own code, before the program arrives.
+    """How often each element of a tile is read, and written, in Triton's IR, before the program arrives.
 
-    Where a loop walks the tiles, its loads count, not the one before it that gives it the first tile.
+    In a loop over tiles its own loads count, not the load of the first tile before it.
     """
-    passes: dict[int, Counter[str]] = {}  # by how many loops stand around an access
-    blocks: list[bool] = []  # those that are open, outermost first: is it a loop?
+    passes: dict[int, Counter[str]] = {}  # by the number of loops around an access
+    blocks: list[bool] = []  # the open ones, outermost first: whether it is a loop
     for line in ttir.partition("tt.atomic_rmw")[0].splitlines():
         text = re.sub(r" loc\(\S*\)$", "", line.strip())
         if text.startswith("}"):
@@ -278,18 +252,18 @@ def _moved(ttir: str, tile: str) -> tuple[int, int]:
 
 
 class _Instruction(NamedTuple):
-    """load, store: bits of global memory that it moves. jump: where it goes on, as an index into the code."""
+    """load, store: bits of global memory. jump: the target, as an index into the code."""
 
     text: str
     load: int = 0
     store: int = 0
     jump: int | None = None
-    waits: frozenset[int] = frozenset()  # NVIDIA: barriers that it waits for, and the one that its result will set
+    waits: frozenset[int] = frozenset()  # NVIDIA: the barriers that it waits for, and the one that its result sets
     sets: int = -1
 
 
 def _up_to(arrival: int | None, code: list[_Instruction]) -> list[_Instruction]:
-    """What leads to the arrival, which compilers may place behind it; without one, all of it."""
+    """The instructions that lead to the arrival, some of which may be placed behind it; without an arrival, all."""
     if arrival is None:
         return code
     leads = {arrival}
@@ -305,29 +279,28 @@ def _up_to(arrival: int | None, code: list[_Instruction]) -> list[_Instruction]:
     return [code[at]._replace(jump=places.get(code[at].jump)) for at in kept]  # type: ignore[arg-type]
 
 
-# Whatever the conditions: those of NVIDIA stand before the instruction, or before the address.
+# With any predicate: NVIDIA's are before the instruction, or before the address.
 _JUMPS = re.compile(r"BRA (?:`\(|0x)|EXIT|RET|s_branch|s_endpgm|s_setpc")
 
 
 def _loops_over_tiles(code: list[_Instruction]) -> list[list[_Instruction]]:
-    """The loops that load from global memory and hold no other such loop."""
+    """The innermost loops that load from global memory."""
     spans = [(i.jump, at + 1) for at, i in enumerate(code) if i.jump is not None and i.jump <= at]
     spans = [(begin, end) for begin, end in spans if any(i.load for i in code[begin:end])]
-    inner = [
-        (begin, end)
+    return [
+        code[begin:end]
         for begin, end in spans
         if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans)
     ]
-    return [code[begin:end] for begin, end in inner]
 
 
 def _nvidia_kernels(kernels: list[Any], arch: int) -> Iterator["_Nvidia"]:
-    """Disassembled all at once: to start nvdisasm takes longer than to compile a kernel."""
+    """Disassembled all at once: starting nvdisasm takes longer than compiling a kernel."""
     binaries = [_machine_code(kernel.asm["cubin"]) for kernel in kernels]
     flag = f"SM{arch}a" if arch >= 90 else f"SM{arch}"  # what Triton compiles for
     sass = _run(knobs.nvidia.nvdisasm.path, "--binary", flag, "-hex", data=b"".join(binaries))
     # /*0070*/  @P0 LDG.E.128 R8, desc[UR4][R2.64] ;  /* 0x... */, and in the next line the upper half of the encoding,
-    # which says what to wait for.
+    # which has the barriers.
     pattern = r"/\*(\w{4,})\*/\s+([^;]*?)\s*;\s+/\* 0x\w+ \*/\s+/\* 0x(\w+) \*/"
     lines = iter(re.findall(pattern, sass))
     for kernel, binary in zip(kernels, binaries, strict=True):
@@ -335,7 +308,7 @@ def _nvidia_kernels(kernels: list[Any], arch: int) -> Iterator["_Nvidia"]:
 
 
 def _machine_code(cubin: bytes) -> bytes:
-    """The one section of the ELF file that can be executed."""
+    """The executable section of the ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     entry, count = struct.unpack_from("<HH", cubin, 58)
     headers = (struct.unpack_from("<IIQQQQ", cubin, table + entry * index) for index in range(count))
@@ -351,7 +324,7 @@ def _run(tool: str, *options: str, data: bytes) -> str:
 
 
 class _Nvidia:
-    """A cubin, through the tools in Triton's wheel."""
+    """A cubin, read by the tools in Triton's wheel."""
 
     def __init__(self, compiled: Any, lines: list[tuple[str, str, str]]) -> None:
         used = _run(knobs.nvidia.cuobjdump.path, "-res-usage", data=compiled.asm["cubin"])
@@ -370,20 +343,13 @@ class _Nvidia:
             access = re.search(r"\b(LDG|STG)(\.\S+)", text)
             suffix = re.search(r"\.(128|64|[US]16|[US]8)\b", access[2]) if access else None
             width = int(suffix[1].lstrip("US")) if suffix else 32
-            yield _Instruction(
-                text,
-                load=width if access and access[1] == "LDG" else 0,
-                store=width if access and access[1] == "STG" else 0,
-                jump=index.get(int(jump[1], 16)) if jump else None,
-                waits=frozenset(barrier for barrier in range(6) if control >> 11 >> barrier & 1),
-                sets=control >> 5 & 7,
-            )
-
-    def arrives_at(self) -> int | None:
-        return next((at for at, i in enumerate(self.code) if "ATOM" in i.text), None)
+            moved = {{"LDG": "load", "STG": "store"}[access[1]]: width} if access else {}
+            waits = frozenset(barrier for barrier in range(6) if control >> 11 >> barrier & 1)
+            target = index.get(int(jump[1], 16)) if jump else None
+            yield _Instruction(text, jump=target, waits=waits, sets=control >> 5 & 7, **moved)
 
     def in_flight(self, code: list[_Instruction]) -> int:
-        waiting: Counter[int] = Counter()  # bits, by the barrier that says that they are there
+        waiting: Counter[int] = Counter()  # bits, by the barrier that their arrival sets
         most = 0
         for instruction in code:
             for barrier in instruction.waits:
@@ -394,7 +360,7 @@ class _Nvidia:
 
     def programs(self, processor: Processor, threads: int) -> int:
         warps = REGISTERS // (-(-self.registers // 8) * 8 * 32) // 4 * 4
-        reserved = 0 if processor.target.arch < 80 else 1024  # of shared memory, for the system, by each program
+        reserved = 0 if processor.target.arch < 80 else 1024  # bytes of shared memory of each program, for the system
         fits = [processor.threads // threads, warps // (threads // 32), processor.programs]
         if self.shared:
             fits.append(processor.shared // (self.shared + reserved))
@@ -412,7 +378,7 @@ _AMD_WIDTHS = {"dwordx4": 128, "b128": 128, "dwordx3": 96, "b96": 96, "dwordx2":
 
 
 class _Amd:
-    """LLVM's assembly, which says itself what the kernel takes."""
+    """LLVM's assembly, whose metadata has the kernel's resources."""
 
     def __init__(self, compiled: Any) -> None:
         text = compiled.asm["amdgcn"]
@@ -437,20 +403,12 @@ class _Amd:
                 texts.append(line)
         for line in texts:
             access = _AMD_ACCESS.match(line)
-            width = _AMD_WIDTHS.get(access[2], 16) if access else 0
+            moved: dict[str, int] = {access[1]: _AMD_WIDTHS.get(access[2], 16)} if access else {}
             jump = re.match(r"s_c?branch\w* (\S+)", line)
-            yield _Instruction(
-                line,
-                load=width if access and access[1] == "load" else 0,
-                store=width if access and access[1] == "store" else 0,
-                jump=labels.get(jump[1]) if jump else None,
-            )
-
-    def arrives_at(self) -> int | None:
-        return next((at for at, i in enumerate(self.code) if "_atomic_" in i.text), None)
+            yield _Instruction(line, jump=labels.get(jump[1]) if jump else None, **moved)  # type: ignore[arg-type]
 
     def in_flight(self, code: list[_Instruction]) -> int:
-        waiting: list[int] = []  # bits, in the order in which they come; before gfx10 stores are counted among loads
+        waiting: list[int] = []  # bits, in the order of their arrival; before gfx10 stores are counted with loads
         most = 0
         for instruction in code:
             wait = re.search(r"vmcnt\((\d+)\)", instruction.text)

@@ -1,4 +1,4 @@
-"""Any of the penalties with its options as an nn.Module, computed at every step or lazily at every k-th."""
+"""A penalty with its options as an nn.Module, computed at every step or lazily at every k-th."""
 
 import inspect
 from collections.abc import Callable
@@ -24,22 +24,21 @@ class GradientPenalty(torch.nn.Module):
     Lazily (``every=k``), the first call of k computes the penalty, multiplied by k so that its gradient is on average
     that of every step (``compensate=False`` leaves the factor out); the other calls run no critic and return a zero
     whose backward reaches nothing. Calls are counted in training mode only, and the count is part of ``state_dict()``.
-    In evaluation mode every call computes the penalty as it is, without the factor. A compiled training step cannot
-    count: call this outside of it, with a penalty that is compiled, ``torch.compile(r1_penalty)``.
+    In evaluation mode every call computes the penalty, without the factor. A compiled training step cannot count: call
+    this outside of it, with a penalty that is compiled, ``torch.compile(r1_penalty)``.
 
-    With an optimizer that keeps running averages, StyleGAN2 also corrects those for lazy steps: learning rate times
-    c and betas to the power of c, with c = k / (k + 1).
+    For an optimizer with running averages StyleGAN2 also adjusts the learning rate, times c, and the betas, to the
+    power of c, with c = k / (k + 1).
 
     Args:
         penalty: the function to call: `fused_gradient_penalty`, `dragan_penalty`, `r1_penalty`, `r2_penalty`,
-            `input_gradient_penalty`, or your own of their kind.
-        every: k, how many calls share one penalty.
+            `input_gradient_penalty`, or a function of your own like these.
+        every: k, the number of calls for each penalty.
         compensate: multiply by k.
         options: keyword arguments of the penalty.
 
     `forward` takes what the penalty takes (critic, real, fake), and further options for that call. It returns what the
-    penalty returns; a skipped call returns a scalar zero in fp32, and None
-    for the norms and the error where these are asked for.
+    penalty returns; a skipped call returns a scalar zero in fp32, and None for norms and error, if asked for.
 
     Raises:
         TypeError: penalty is not callable or does not know an option, every is not an int, compensate not a bool.
@@ -81,8 +80,7 @@ class GradientPenalty(torch.nn.Module):
                 "anew: call it outside the compiled function, and compile the penalty in it, "
                 f"GradientPenalty(torch.compile({_name(self.penalty)}), every={self.every})"
             )
-        due = self.calls % self.every == 0
-        if not due:
+        if self.calls % self.every:
             self.calls += 1
             return self._skipped(inputs, options)
         result = self.penalty(*inputs, **options)

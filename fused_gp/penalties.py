@@ -10,9 +10,8 @@ from . import arguments, reference
 from .critics.autograd_graph import reached_leaves
 from .critics.critic import profile_by_parameter
 from .critics.profile import CriticProfile
-from .form import Method
 from .methods import choice
-from .methods.critic_call import CriticCall, PenaltyPoints, PenaltyResult
+from .methods.critic_call import CriticCall, PenaltyPoints
 from .methods.double_backward import NotTwiceDifferentiable, twice_differentiable_gradients
 from .methods.input_gradients import cotangent, input_gradients
 from .ops.backends import backend_for
@@ -84,45 +83,43 @@ def fused_gradient_penalty(
         critic_args, critic_kwargs: further arguments of the critic, such as labels.
         method: how the penalty's gradient reaches the weights; its value is the same, and exact, by all of them.
 
-            - "double_backward": autograd, twice. Exact, to every order; for critics of operations that autograd can
-              differentiate twice.
+            - "double_backward": autograd, twice. Exact, to every order; for critics that autograd differentiates twice.
             - "compiled": the penalty of this critic compiled whole by torch.compile, and kept for later calls. Exact,
-              differentiable once; for any critic that compiles. The gradient is computed in the call. A batch size
-              other than the first has one more compilation, for all sizes. Dropout draws other masks than in eager
-              mode.
+              differentiable once; for any critic that compiles. The gradient is computed in the call. Batch sizes other
+              than the first share one more compilation. Dropout draws other masks than in eager mode.
             - "directional": a central difference of the scores along the penalty's own gradient, held fixed. The critic
               runs three times, and is differentiated once; off by about 1e-5 in fp32, 1e-2 under bf16 autocast. For
-              smooth critics, where autograd cannot (flash attention, compiled critics, FSDP2, fused kernels) or where
-              memory is short. Differentiable once.
+              smooth critics that autograd cannot differentiate twice (flash attention, compiled critics, FSDP2, fused
+              kernels), or where memory is short. Differentiable once.
             - "auto": "double_backward" where that works, else "directional", as the critic's first call shows.
         step: of "directional", as a fraction of the mean norm of the points. By default found by trial, at the critic's
-            first call and every 1000th, on a ladder around the cube root of the spacing at 1 of the coarsest type that
-            the critic computes in (5e-3 in fp32): where the slopes of the scores change least from step to step.
+            first call and every 1000th, around the cube root of the spacing at 1 of the coarsest type that the critic
+            computes in (5e-3 in fp32): where the slopes of the scores change least from step to step.
         chunk_size: go through the batch so many samples at a time, so that memory does not grow with it. The gradient
-            is computed in the call, and is as exact as the method. For an nn.Module that judges each sample by itself;
+            is computed in the call, as exactly as by the method. For an nn.Module that scores each sample by itself;
             what has B in front in `critic_args` and `critic_kwargs` is cut too. Differentiable once; reduction "mean"
             or "sum". Dropout draws chunk by chunk. Parameters without a gradient get zeros.
-        allow_kinks: let "directional" run although the critic has an operation whose derivative jumps (ReLU, max-pool).
-            The gradient is then off by as much as a half.
+        allow_kinks: let "directional" run although the critic has an operation with a discontinuous derivative (ReLU,
+            max-pool). The gradient is then off by as much as a half.
         backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
         return_norms: also return the norms :math:`n_i`, for logging. The backward needs them unchanged: copy them
             before you change them in place.
-        return_error: also return, last, how far off the gradient may be, for logging: 0 where the method is exact; with
-            "directional" the difference between the measured derivative of the scores and the one that the norms give,
-            relative to it, a scalar (the largest of the chunks'). It shows a bad step; it cannot show kinks.
+        return_error: also return, last, an error estimate for logging, a scalar: 0 where the method is exact; with
+            "directional" the relative difference between the measured derivative of the scores and the one that the
+            norms give (the largest of the chunks'). It shows a bad step; it cannot show kinks.
 
     Returns:
         The penalty, a scalar, or (B,) with reduction "none"; with `return_norms`, the pair of it and the norms, (B,),
         detached. fp32, or fp64 for fp64 samples. Under ``torch.no_grad()`` or ``inference_mode()`` it is the value
         alone, without a graph.
 
-    Differentiable in reverse mode, to every order in which the critic is, unless the method or chunks say once: asked
-    for more, their backward raises a RuntimeError. No tensor of the caller's is changed, no ``.grad`` written.
+    Differentiable in reverse mode, to every order in which the critic is, unless the method or chunks say once: beyond
+    it, their backward raises a RuntimeError. No tensor of the caller's is changed, no ``.grad`` written.
 
     Raises:
         TypeError: an argument is not of the kind above, or the critic returns something other than one tensor.
         ValueError: shapes, devices or values do not fit, the scores do not depend on the samples, or the method does
-            not work for this critic, which the first call finds out: the message names what stands in the way.
+            not work for this critic: the first call raises it, and names the cause.
 
     Warns, once per critic, when a module has batch normalisation in training mode: the gradient of a summed score is
     the gradient of each sample's score only where samples do not see one another.
@@ -134,7 +131,7 @@ def fused_gradient_penalty(
     arguments.critic(critic, critic_args, critic_kwargs)
     reals, fakes, structure = arguments.real_and_fake(real, fake)
     first = reals[0]
-    form = arguments.penalty_form(reals, target, one_sided, eps, weight, reduction, return_norms, group_size)
+    form = arguments.penalty_form(first.shape[0], target, one_sided, eps, weight, reduction, return_norms, group_size)
     if grad_scale is not None:
         form, grad_scale = arguments.score_scale(form, grad_scale, reals)
     if generator is not None:
@@ -211,7 +208,11 @@ def dragan_penalty(
         arguments.generator(generator, reals[0].device)
     if any(x.numel() < 2 for x in reals):
         raise ValueError("real must hold at least two elements to have a standard deviation, got one")
-    noisy = [x + noise_scale * x.std() * _uniform(x, generator) for x in reals]
+
+    def noise(x: Tensor) -> Tensor:  # the same numbers either way, but vmap supports the first only
+        return torch.rand_like(x) if generator is None else torch.empty_like(x).uniform_(generator=generator)
+
+    noisy = [x + noise_scale * x.std() * noise(x) for x in reals]
     return fused_gradient_penalty(
         critic, real, arguments.rebuild(noisy, structure), alpha=alpha, generator=generator if alpha is None else None,
         target=target, one_sided=one_sided, eps=eps, weight=weight, reduction=reduction, group_size=group_size,
@@ -219,11 +220,6 @@ def dragan_penalty(
         chunk_size=chunk_size, allow_kinks=allow_kinks, backend=backend, return_norms=return_norms,
         return_error=return_error,
     )  # fmt: skip
-
-
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The same numbers either way, but vmap supports the first only."""
-    return torch.rand_like(like) if generator is None else torch.empty_like(like).uniform_(generator=generator)
 
 
 def r1_penalty(
@@ -257,12 +253,10 @@ def r1_penalty(
 
     From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018.
     """
-    chosen_method = arguments.method(method, step, chunk_size, allow_kinks, return_error)
-    result = _zero_centred(
-        critic, "real", real, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, chosen_method,
-        backend, return_norms,
+    return _zero_centred(
+        critic, "real", real, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, method, step,
+        chunk_size, allow_kinks, backend, return_norms, return_error,
     )  # fmt: skip
-    return result.returned(return_norms, return_error)
 
 
 def r2_penalty(
@@ -292,37 +286,29 @@ def r2_penalty(
     From Mescheder et al., "Which Training Methods for GANs do actually Converge?", 2018; with R1: Huang et al., "The
     GAN is dead; long live the GAN! A Modern GAN Baseline", 2024.
     """
-    chosen_method = arguments.method(method, step, chunk_size, allow_kinks, return_error)
-    result = _zero_centred(
-        critic, "fake", fake, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, chosen_method,
-        backend, return_norms,
+    return _zero_centred(
+        critic, "fake", fake, weight, reduction, group_size, grad_scale, critic_args, critic_kwargs, method, step,
+        chunk_size, allow_kinks, backend, return_norms, return_error,
     )  # fmt: skip
-    return result.returned(return_norms, return_error)
 
 
 def _zero_centred(
-    critic: Callable[..., Tensor],
-    name: str,
-    value: Any,
-    weight: float,
-    reduction: str,
-    group_size: int,
-    grad_scale: Any,
-    critic_args: Sequence[Any],
-    critic_kwargs: Mapping[str, Any] | None,
-    method: Method,
-    backend: str,
-    return_norms: bool,
-) -> PenaltyResult:
+    critic: Any, name: str, value: Any, weight: Any, reduction: Any, group_size: Any, grad_scale: Any, critic_args: Any,
+    critic_kwargs: Any, method: Any, step: Any, chunk_size: Any, allow_kinks: Any, backend: Any, return_norms: Any,
+    return_error: Any,
+) -> Any:  # fmt: skip
+    """At the samples of this name: the squared norm, without root or eps, times half the weight."""
     arguments.critic(critic, critic_args, critic_kwargs)
     samples, structure = arguments.samples(name, value)
     half = 0.5 * arguments.number("weight", weight)
-    form = arguments.penalty_form(samples, 0.0, False, 0.0, half, reduction, return_norms, group_size)
+    form = arguments.penalty_form(samples[0].shape[0], 0.0, False, 0.0, half, reduction, return_norms, group_size)
     if grad_scale is not None:
         form, grad_scale = arguments.score_scale(form, grad_scale, samples)
+    chosen_method = arguments.method(method, step, chunk_size, allow_kinks, return_error)
     ops = backend_for(backend, samples[0])
     call = CriticCall(critic, structure, critic_args, critic_kwargs or {}, grad_scale, form, ops)
-    return choice.compute_penalty(call, PenaltyPoints(samples, _new_tensors), method)
+    points = PenaltyPoints(samples, _new_tensors)
+    return choice.compute_penalty(call, points, chosen_method).returned(return_norms, return_error)
 
 
 def _new_tensors(batch: Sequence[Tensor], ops: Any) -> list[Tensor]:
@@ -376,15 +362,15 @@ def input_gradient_penalty(
             `fused_gradient_penalty`. With ``target=0, weight=gamma / 2`` this is R1. Outputs that went through
             ``scaler.scale`` already: ask for their gradient yourself, and hand it to `gradient_norm_penalty`.
 
-    There is no `method` here: the critic's graph is there already, and double backward is all it can serve. For the
-    same reason it cannot be traced by torch.compile; penalties that are given the critic itself can.
+    There is no `method` here: the critic's graph exists already, and serves double backward only. For the same reason
+    this cannot be traced by torch.compile; penalties that are given the critic itself can.
 
     Returns and derivatives as in `fused_gradient_penalty`; the outputs' graph is kept. No ``.grad`` is written.
 
     Raises:
         TypeError: an argument is not of the kind above.
         ValueError: shapes, devices or values do not fit, an input does not require grad, no output depends on any, or
-            the critic cannot be differentiated twice: the message names what stands in the way.
+            the critic cannot be differentiated twice: the message names the cause.
     """
     if torch.compiler.is_dynamo_compiling():
         raise ValueError(f"input_gradient_penalty cannot be traced by torch.compile: {_GIVE_THE_CRITIC}")
@@ -396,7 +382,7 @@ def input_gradient_penalty(
                 f"{arguments.leaf_name('inputs', inputs, index)} must require grad since before the critic ran, got a "
                 "tensor that does not: call requires_grad_() on it first"
             )
-    form = arguments.penalty_form(ins, target, one_sided, eps, weight, reduction, return_norms, group_size)
+    form = arguments.penalty_form(ins[0].shape[0], target, one_sided, eps, weight, reduction, return_norms, group_size)
     if grad_scale is not None:
         form, grad_scale = arguments.score_scale(form, grad_scale, ins)
     ops = backend_for(backend, ins[0])

@@ -1,8 +1,7 @@
-"""The same functions in plain autograd: the truth that the fused ones are held to, written to be read.
+"""The same functions in plain autograd, written to be read: the reference for tests, in fp64, and for benchmarks.
 
-No fusion, no backends, no checks, memory spent freely. Run in fp64 it judges every backend; run in the input's type
-it is the baseline of the benchmarks. Every step is a differentiable torch operation, so every order of derivative is
-right by construction.
+No fusion, no backends, no checks, no care for memory. Every step is a differentiable torch operation, so every order of
+derivative is right by construction.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,8 +51,8 @@ def gradient_norm_penalty(
     if not (squared or target == 0):
         square = square + eps
 
-    # sqrt has an infinite slope at zero. A zero row sits at the minimum of its own norm: its derivative is zero, in
-    # every order, and choosing between constants gives it just that.
+    # sqrt has an infinite slope at zero. A zero row is at the minimum of its own norm: its derivative is zero, in every
+    # order, which the choice between constants gives.
     zero = square == 0
     norms = torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
 

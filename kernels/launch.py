@@ -14,19 +14,14 @@ from .tiles import NUM_WARPS
 # The releases whose `JITFunction.run` was read: what it specialises a kernel on, and how it calls the compiled kernel.
 DIRECT = (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 8)
 
+Values = tuple[Any, ...]
+
 # Compiled kernels, by what Triton chooses them by, and more. Cleared at a limit, though Triton itself has none.
-_compiled: dict[tuple[Any, ...], tuple[Any, int, Any]] = {}
+_compiled: dict[Values, tuple[Any, int, Any]] = {}
 _MOST_COMPILED = 4096
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    tensors: tuple[Any, ...],
-    integers: tuple[int, ...],
-    floats: tuple[float, ...],
-    constants: tuple[int, ...],
-) -> None:
+def launch(kernel: Any, programs: int, tensors: Values, integers: Values, floats: Values, constants: Values) -> None:
     """Run `kernel` on a grid of `programs`, on the device of the first tensor. Its arguments come in their order.
 
     A kernel that was launched before is found by a key of our own and called as Triton would call it: at a GAN's sizes,

@@ -17,6 +17,7 @@ last one takes the root.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -26,17 +27,9 @@ from torch import Tensor
 from fused_gp.form import PenaltyForm, accumulation_type
 
 from .launch import arrival_counter, launch
-from .tiles import (
-    LENGTHS,
-    mask_of,
-    multiple_of,
-    pointers,
-    power_of_two_from,
-    reduction_tile,
-    tile,
-    tile_of,
-    vector_of,
-)
+from .tiles import LENGTHS, mask_of, multiple_of, pointers, reduction_tile, tile, tile_of, vector_of
+
+Rows = Sequence[Tensor]  # (R, N) each, of one R
 
 
 @triton.jit
@@ -245,7 +238,7 @@ def scale_rows_kernel(
     tl.store(pointers(out, row, width, begin, COLS), value, mask=mask)
 
 
-def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:
+def penalty_forward(gradients: Rows, form: PenaltyForm) -> tuple[Tensor, Tensor]:
     """(R, N) rows of one tensor or several -> penalty, a scalar or (R,), and norms, (R,), in the accumulation type."""
     norms = gradients[0].new_empty(form.rows, dtype=accumulation_type(*[g.dtype for g in gradients]))
     penalty = norms.new_empty(() if form.reduce else norms.shape)
@@ -253,18 +246,13 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
     return penalty, norms
 
 
-def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
+def penalty_backward(gradients: Rows, norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
     """Upstream, a scalar or (R,) -> the gradients of the penalty, (R, N) each."""
     return [_scale_rows(g, None, norms, None, upstream, form) for g in gradients]
 
 
 def penalty_double_backward(
-    gradients: Sequence[Tensor],
-    norms: Tensor,
-    upstream: Tensor,
-    cotangents: Sequence[Tensor],
-    form: PenaltyForm,
-    upstream_needed: bool,
+    gradients: Rows, norms: Tensor, upstream: Tensor, cotangents: Rows, form: PenaltyForm, upstream_needed: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """(R, N) cotangents of the backward -> gradients of its `gradients` and, where needed, of its `upstream`."""
     dots = torch.empty_like(norms)
@@ -276,12 +264,7 @@ def penalty_double_backward(
 
 
 def _reduce_rows(
-    gradients: Sequence[Tensor],
-    cotangents: Sequence[Tensor] | None,
-    norms: Tensor,
-    dots: Tensor | None,
-    penalty: Tensor | None,
-    form: PenaltyForm,
+    gradients: Rows, cotangents: Rows | None, norms: Tensor, dots: Any, penalty: Tensor | None, form: PenaltyForm
 ) -> None:
     """One launch per tensor; the last finishes the rows."""
     kappa, kappa_at = _kappa(form)
@@ -295,7 +278,7 @@ def _reduce_rows(
         itemsize, stride, u_stride = g.itemsize, g.stride()[0], 0 if u is None else u.stride()[0]
         reduce = form.reduce and result is not None
         tiling = reduction_tile(rows, width, itemsize)
-        programs, splits, slots = tiling.programs, tiling.splits, power_of_two_from(tiling.splits)
+        programs, splits, slots = tiling.programs, tiling.splits, tiling.slots
         vector = vector_of(itemsize, width | stride | u_stride)
         partial = programs > 1 and (reduce or splits > 1)  # there are partial sums, which the last program adds up
         launch(
@@ -316,12 +299,7 @@ def _reduce_rows(
 
 
 def _scale_rows(
-    gradients: Tensor,
-    cotangents: Tensor | None,
-    norms: Tensor,
-    dots: Tensor | None,
-    upstream: Tensor,
-    form: PenaltyForm,
+    gradients: Tensor, cotangents: Tensor | None, norms: Tensor, dots: Any, upstream: Tensor, form: PenaltyForm
 ) -> Tensor:
     rows, width = gradients.shape
     kappa, kappa_at = _kappa(form)

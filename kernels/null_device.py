@@ -52,10 +52,9 @@ class Launch(NamedTuple):
 
 @contextmanager
 def null_device(target: GPUTarget, index: int = 0) -> Iterator[list[Launch]]:
-    """Inside, Triton's current device is one of `target` that launches nothing; yields the list of launches.
+    """Inside, in all threads, Triton's current device is one of `target` that launches nothing. Yields the launches.
 
-    Kernels are compiled once per process for each pair of target and index. Afterwards the former driver is active
-    again. Like Triton's driver, this one is that of all threads.
+    Kernels are compiled once per process for each pair of target and index.
 
     Raises:
         RuntimeError: the kernels are interpreted: TRITON_INTERPRET=1 was set when they were imported.

@@ -36,16 +36,19 @@ PROGRAMS = 2048
 
 
 class Tiling(NamedTuple):
-    """The number of programs, and their tiles of `rows` x `cols`, `tiles` of them along a row. In a reduction `splits`
-    programs share the tiles of a row, or one program loops over `blocks` tiles of different rows.
-    """
+    """How many programs there are, and their tiles of `rows` x `cols` elements."""
 
     programs: int
-    tiles: int
+    tiles: int  # along a row
     rows: int
     cols: int
-    splits: int = 1
-    blocks: int = 1
+    splits: int = 1  # in a reduction: the programs that share the tiles of a row
+    blocks: int = 1  # in a reduction: the tiles of different rows that one program loops over
+
+    @property
+    def slots(self) -> int:
+        """Of a row's partial sums in memory: a power of two, so that they are loaded at once."""
+        return power_of_two_from(self.splits)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -110,7 +110,7 @@ def calls(memory, rows, width, dtype, gap, reduction):
     yield "interpolate", (x, y, column.view(rows, 1))
     yield "interpolate_adjoint", (x, column.view(rows, 1), True, True)
     yield "perturb", (x, y, column.view(rows, 1))
-    form = arguments.penalty_form([x], 0.7, False, 1e-12, 1.0, reduction, False)
+    form = arguments.penalty_form(len(x), 0.7, False, 1e-12, 1.0, reduction, False)
     form = form._replace(kappa=memory.rows(torch.ones(1, 1).to(acc), 0))
     upstream = memory.rows(torch.ones(1, 1).to(acc), 0).view(()) if form.reduce else upstream
     yield "penalty_forward", ([x, y], form)

@@ -250,7 +250,7 @@ WIDTHS = {
 def problem(widths, reduction="mean"):
     rows, widths = WIDTHS[widths]
     tensors = [torch.randn(rows, width) for width in widths]
-    return tensors, arguments.penalty_form(tensors, 1.0, False, 1e-12, 1.0, reduction, False)
+    return tensors, arguments.penalty_form(len(tensors[0]), 1.0, False, 1e-12, 1.0, reduction, False)
 
 
 def same(results, expected):

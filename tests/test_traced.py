@@ -24,7 +24,6 @@ from fused_gp import (
     reference,
 )
 from fused_gp.critics.critic import Critic
-from fused_gp.methods.reruns import Reruns
 
 from conftest import COMPILES, Graphs
 
@@ -500,8 +499,8 @@ def test_a_capture_cannot_rewind_the_generator(monkeypatch):
     """Said before the generator does, in words that help."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match="a CUDA graph cannot capture critics that run again"):
-        Reruns(Critic(nn.Identity()), torch.device("cuda"))
-    Reruns(Critic(nn.Identity()), torch.device("cpu"))
+        Critic(nn.Identity()).state(torch.device("cuda"))
+    Critic(nn.Identity()).state(torch.device("cpu"))
 
 
 def captured_step(penalise, *inputs):

@@ -114,8 +114,8 @@ def once_differentiable_node(between: Iterable[Any]) -> tuple[str, str] | None:
 
 
 def missing_derivative(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> tuple[str, str] | None:
-    """The operation without a second derivative in the graph of the input gradients, found by a backward through it,
-    in autograd's own words; and a remedy."""
+    """The operation without a second derivative, found by a backward through the graph of the input gradients, in
+    autograd's own words; and a remedy."""
     attached = [g for g in gradients if g is not None and g.requires_grad]
     if not any(node.name() in NO_DERIVATIVE for node in nodes(attached)):
         return None

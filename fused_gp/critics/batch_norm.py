@@ -3,8 +3,6 @@
 import sys
 import warnings
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from .profile import CriticProfile
 
 
@@ -12,20 +10,17 @@ def warn_of_batch_norm(profile: CriticProfile) -> None:
     """Once per critic."""
     if not profile.batch_norms:
         return
-    layers = [(name, reference()) for name, reference in profile.batch_norms]
-    names = [name or type(layer).__name__ for name, layer in layers if _uses_batch_statistics(layer)]
-    if not names:  # in evaluation mode, which may change
+    layers = [(name, layer) for name, reference in profile.batch_norms if (layer := reference()) is not None]
+    used = [(name, layer) for name, layer in layers if layer.training or not layer.track_running_stats]
+    if not used:  # in evaluation mode, which may change
         return
+    names = [name or type(layer).__name__ for name, layer in used]
     profile.batch_norms.clear()
     warnings.warn(
         f"critic has batch normalisation in training mode ({', '.join(names)}): its samples see one another, so their "
         "gradient norms are not those of single samples. Use LayerNorm, GroupNorm or none, as the WGAN-GP paper does.",
         stacklevel=_frames_to_the_caller(),
     )
-
-
-def _uses_batch_statistics(layer: _BatchNorm | None) -> bool:
-    return layer is not None and (layer.training or not layer.track_running_stats)
 
 
 def _frames_to_the_caller() -> int:

@@ -2,7 +2,7 @@
 
 import functools
 from contextlib import suppress
-from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, NoneType
 from typing import Any
 from weakref import ref
 
@@ -13,25 +13,17 @@ MAX_ELEMENTS = 100  # longer containers are data
 
 
 class Contents:
-    """What a callable holds: in its closure, defaults and globals, in its owner, in the arguments of a partial.
-
-    signature   code, callables, flags and words; of everything else the type
-    held        weak references to modules, and to objects that may hold others
-    modules     the modules, each with its path in what the callable holds
-    compiled    whether torch.compile made one of the functions
-    """
+    """What a callable holds: in its closure, defaults and globals, in its owner, in the arguments of a partial."""
 
     def __init__(self, critic: Any) -> None:
-        self.signature: list[Any] = []
-        self.held: list[Any] = []
-        self.modules: list[tuple[str, Module]] = []
-        self.compiled = False
+        self.signature: list[Any] = []  # code, callables, flags and words; of everything else the type
+        self.held: list[Any] = []  # weak references to modules, and to objects that may hold others
+        self.modules: list[tuple[str, Module]] = []  # each with its path in what the callable holds
+        self.compiled = False  # whether torch.compile made one of the functions
         self._seen: set[int] = set()
         self._add(critic)
-
-    def key(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What the callable is recognised by. It keeps nothing alive but code, types and words."""
-        return tuple(self.signature), tuple(self.held)
+        # What the callable is recognised by. It keeps nothing alive but code, types and words.
+        self.key = tuple(self.signature), tuple(self.held)
 
     def _add(self, thing: Any, path: str = "") -> None:
         kind = type(thing)
@@ -83,12 +75,9 @@ class Contents:
 
     def _add_object(self, thing: Any) -> None:
         """With the modules among its attributes: a trainer's critic may be exchanged for another."""
-        if isinstance(thing, type) or (not hasattr(thing, "__dict__") and not hasattr(type(thing), "__slots__")):
-            self.signature.append(_reference(thing))  # a class, or a function not written in Python
-            return
         self.signature.append(type(thing))
         (self.signature if callable(thing) else self.held).append(_reference(thing))
-        for name, part in _attributes(thing):
+        for name, part in () if isinstance(thing, type) else _attributes(thing):
             if isinstance(part, Module):
                 self._add(part, name)
 
@@ -96,24 +85,26 @@ class Contents:
 def _reference(thing: Any) -> Any:
     """A weak reference; the type, of what has none or cannot be a key."""
     try:
-        reference = ref(thing)
-        hash(reference)
+        hash(reference := ref(thing))
     except TypeError:
         return type(thing)
     return reference
 
 
 def _attributes(thing: Any) -> list[tuple[str, Any]]:
-    """With their values, those in slots too. Runs no code of the owner's."""
+    """With their values, those in slots too. Runs no code of the object's."""
     found = list(getattr(thing, "__dict__", {}).items())
-    for kind in type(thing).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
-            private = slot.startswith("__") and not slot.endswith("__")
-            name = f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
-            with suppress(KeyError, AttributeError):  # __dict__ and __weakref__; a slot without a value yet
-                found.append((name, kind.__dict__[name].__get__(thing, kind)))
+    kind: Any = type(thing)
+    for name, slot in _slots(kind):
+        with suppress(AttributeError):  # a slot without a value yet
+            found.append((name, slot.__get__(thing)))
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _slots(kind: type) -> list[tuple[str, MemberDescriptorType]]:
+    found = [item for base in kind.__mro__ for item in vars(base).items()]
+    return [(name, slot) for name, slot in found if isinstance(slot, MemberDescriptorType)]
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,85 +16,84 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .callables import Contents
-from .kinds import has_compiled_parts
-from .profile import Bounded, CriticProfile
-from .state import Buffers, RandomState
+from .profile import Bounded, CriticProfile, is_compiled
+from .state import Buffers, CriticState
 
-# By the first module that runs in the critic (by the code of the critic, where none does), then by what it is
-# recognised by. A module is recognised as itself: None.
+# By the first module that runs in the critic (where none does, by the critic's code), then by what it is recognised by.
 _profiles: WeakKeyDictionary[Any, dict[Hashable, CriticProfile]] = WeakKeyDictionary()
 _recognised: dict[Hashable, ref[CriticProfile]] = Bounded()  # callables, by their contents
 _by_parameter: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class Critic:
-    """What one call of the package knows of its critic.
-
-    function    the callable itself
-    known       whether there is a profile: of a callable that was not seen before there is one once it has run
-    trusted     whether the profile need not be checked by watching another run
-    """
+    """A critic in one call of the package, and what is known of it."""
 
     profile: CriticProfile
+    known: (
+        bool  # whether there is a profile; of a callable that is seen for the first time there is one once it has run
+    )
+    trusted: bool  # whether a run need not be watched to see that the profile is still right
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.buffers: Buffers | None = None  # where a watched run keeps the modules' buffers, as they were before it
-        self._watched = False
+        self._buffers: Buffers | None = None  # in which a watched run keeps the buffers, as they were before it
+        self._was_watched = False
         if isinstance(function, Module):
             self._contents = None
             self.profile = _profile_of_module(function)
             self.known, self.trusted = True, self.profile.watched
         else:
             self._contents = Contents(function)
-            reference = _recognised.get(self._contents.key())
+            reference = _recognised.get(self._contents.key)
             profile = None if reference is None else reference()
             self.known = profile is not None
             if profile is not None:
                 self.profile = profile
-            # What it is recognised by may hold deeper down, or choose by number, what is another critic by now. Among
-            # several processes that would be a gradient that nobody reduces.
+            # A number, or an object deeper down, may have chosen another critic. Among several processes its gradients
+            # might then not be reduced.
             self.trusted = self.known and not (is_available() and is_initialized())
 
     def modules(self) -> Iterator[Module]:
-        """Those that run in it, as far as known, and those that it holds, whose own buffers a method may write."""
+        """Those that run in it, as far as known, and those that a callable holds, whose own buffers it may write."""
         if self.known:
             yield from self.profile.modules()
         if self._contents is not None:
             yield from (module for _, module in self._contents.modules)
 
+    def state(self, device: torch.device) -> CriticState:
+        """From which it is about to run. A watched run adds the buffers of modules that were not known."""
+        state = CriticState(self.modules(), device)
+        self._buffers = state.buffers
+        return state
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it, and watch it if this is the first time in this call."""
-        if self._watched:
+        """Run it, and watch it if this is its first run in this call."""
+        if self._was_watched:
             return self.function(*args, **kwargs)
-        if self._has_compiled_parts():
+        if self._is_compiled():
             self.look(*args, **kwargs)
             return self.function(*args, **kwargs)
-        with self._watching(Buffers() if self.buffers is None else self.buffers):
+        with self._watching(Buffers() if self._buffers is None else self._buffers):
             return self.function(*args, **kwargs)
 
     def look(self, *args: Any, **kwargs: Any) -> Any:
-        """Watch a run of which nothing stays: the buffers and the random state are put back.
-
-        What torch.compile has compiled runs eagerly, and so the hook is not compiled with it.
-        """
+        """Watch a run that changes neither buffers nor generators. Compiled parts run eagerly, without compiling the
+        hook."""
         device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        random_state, buffers = RandomState(device), Buffers(self.modules())
-        try:
-            with _eager(self._has_compiled_parts()), buffers.restored(), self._watching(buffers):
-                return self.function(*args, **kwargs)
-        finally:
-            random_state.restore()
+        state = CriticState(self.modules(), device)
+        with state, _eager(self._is_compiled()), state.buffers.restored(), self._watching(state.buffers):
+            return self.function(*args, **kwargs)
 
-    def _has_compiled_parts(self) -> bool:
+    def _is_compiled(self) -> bool:
+        """Whether a callable holds something that torch.compile has compiled."""
         contents = self._contents
         return contents is not None and (
-            contents.compiled or any(has_compiled_parts(module) for _, module in contents.modules)
+            contents.compiled or any(is_compiled(part) for _, module in contents.modules for part in module.modules())
         )
 
     @contextmanager
     def _watching(self, buffers: Buffers) -> Iterator[None]:
-        """See which modules run, outermost first, and keep their buffers as they are before they do."""
+        """See the outermost modules that run, and keep the buffers of each, and of all in it, before it does."""
         roots: list[Module] = []
         seen = set() if self._contents is not None else {id(part) for part in self.profile.modules()}
         thread = get_ident()
@@ -115,18 +114,18 @@ class Critic:
         self._learn(roots)
 
     def _learn(self, roots: list[Module]) -> None:
-        self._watched = True
+        self._was_watched = True
         if self._contents is None:
-            self.profile.add(roots)  # modules of no module's own
+            self.profile.add(roots)  # they are not among the critic's own modules
             self.profile.watched = True
             return
-        signature, held = self._contents.key()
-        key = signature, (tuple(map(ref, roots)) or held)
+        signature, held = self._contents.key
         owner = roots[0] if roots else getattr(self.function, "__code__", self.function)
         try:
             profiles = _profiles.setdefault(owner, Bounded())
-        except TypeError:  # of a type that has no weak references, or no hash
+        except TypeError:  # a type without weak references, or without a hash
             profiles = {}
+        key = signature, tuple(map(ref, roots)) or held
         if key not in profiles:
             profiles[key] = CriticProfile(roots, self._contents.modules)
         self.profile, self.known = profiles[key], True
@@ -144,16 +143,16 @@ def _profile_of_module(module: Module) -> CriticProfile:
     profile = None if known is None else known.get(None)
     if profile is None:
         profile = CriticProfile([module])
-        profile.watched = has_compiled_parts(module)  # they would be compiled with the hook, or without calling it
+        profile.watched = any(map(is_compiled, module.modules()))  # a hook would be compiled with it, or not be called
         _profiles.setdefault(module, Bounded())[None] = profile
     return profile
 
 
 @contextmanager
-def _eager(compiled_parts: bool) -> Iterator[None]:
-    if not compiled_parts:
+def _eager(compiled: bool) -> Iterator[None]:
+    if not compiled:
         yield
         return
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-        warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks", UserWarning)
+        warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks", UserWarning)
         yield

@@ -1,7 +1,8 @@
 """What is known of a critic, kept while the critic lives, so that finding it out once is enough."""
 
+import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 from weakref import ref
 
 import torch
@@ -11,29 +12,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from .kinds import is_replicated, is_sharded
 
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class Bounded(dict[K, V]):
+class Bounded(dict[Any, Any]):
     """Forgets everything once it would hold more than 100: prompts and lengths may be others at every call."""
 
-    def __setitem__(self, key: K, value: V) -> None:
+    def __setitem__(self, key: Any, value: Any) -> None:
         if len(self) >= 100 and key not in self:
             self.clear()
         super().__setitem__(key, value)
 
 
 class CriticProfile:
-    """Of one critic. Nothing in here holds the critic itself: it lives no longer for being known.
-
-    roots    the outermost modules that run in it, in their order: the critic itself, where it is a module
-    named    paths of modules in what the critic holds, for messages
-    """
+    """Of one critic, which nothing in here keeps alive."""
 
     def __init__(self, roots: Sequence[Module], named: Sequence[tuple[str, Module]] = ()) -> None:
+        """Of the outermost modules that run in it, and what it holds, by paths that are used in messages."""
         self._roots: list[ref[Module]] = []
         self.batch_norms: list[tuple[str, ref[_BatchNorm]]] = []  # those that may still have to be warned of
         self.sharded = False
@@ -90,6 +83,22 @@ class CriticProfile:
         parts = [(type(part), part.training) for root in roots for part in root.modules()]
         words = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, (str, bool))]
         return tuple(parts), frozenset(p.dtype for root in roots for p in root.parameters()), tuple(words)
+
+
+def is_replicated(module: Any) -> bool:
+    return isinstance(module, DistributedDataParallel)
+
+
+def is_sharded(module: Any) -> bool:
+    # Imported already where a module is sharded; importing it ourselves takes longer than importing torch.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel))
+
+
+def is_compiled(module: Module) -> bool:
+    """By torch.compile, or in place by its own `compile`."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    return dynamo is not None and (isinstance(module, dynamo.OptimizedModule) or module._compiled_call_impl is not None)
 
 
 def _alive(references: Iterable[ref[Any]]) -> list[Any]:

@@ -11,12 +11,11 @@ from torch.utils._pytree import tree_map_only
 from .. import reference
 from ..critics.batch_norm import warn_of_batch_norm
 from ..critics.critic import Critic
-from ..critics.kinds import is_replicated, is_sharded
+from ..critics.profile import is_replicated, is_sharded
 from ..form import Method
-from . import chunks, compiled, directional, double_backward, functional
+from . import chunks, compiled, directional, double_backward
 from .critic_call import CriticCall, PenaltyPoints, PenaltyResult
 from .input_gradients import input_gradients
-from .reruns import Reruns
 
 
 def compute_penalty(call: CriticCall, points: PenaltyPoints, method: Method) -> PenaltyResult:
@@ -72,13 +71,13 @@ def _resolved(call: CriticCall, points: list[Tensor], critic: Critic, method: Me
     mode, chosen = critic.profile.mode(points[0].device), critic.profile.chosen
     if mode not in chosen:
         leaves = [x.detach().requires_grad_() for x in points]
-        with Reruns(critic, points[0].device) as reruns, reruns.buffers.restored():
+        with critic.state(points[0].device) as state, state.buffers.restored():
             try:
-                double_backward.compute_penalty(reruns.again(call), leaves, critic, create_graph=True)
+                double_backward.compute_penalty(call.again(state), leaves, critic, create_graph=True)
                 chosen[mode] = "double_backward"
             except double_backward.NotTwiceDifferentiable as error:
                 try:
-                    directional.compute_penalty(reruns.again(call), leaves, critic, method)
+                    directional.compute_penalty(call.again(state), leaves, critic, method)
                 except directional.NotSmooth as kinked:
                     raise ValueError(f"{error} But {kinked}") from None
                 chosen[mode] = "directional"
@@ -115,4 +114,4 @@ def _traced(call: CriticCall, points: PenaltyPoints, method: Method) -> PenaltyR
             "forward-mode autograd: leave it out, or call the penalty outside the compiled function"
         )
     compiled.refuse_hooks(is_replicated(call.critic) or is_sharded(call.critic))
-    return functional.compute_penalty(call, points.build(points.batch, reference))
+    return compiled.traceable_penalty(call, points.build(points.batch, reference))

@@ -24,18 +24,13 @@ from . import double_backward
 from .critic_call import CriticCall, PenaltyPoints, PenaltyResult
 from .directional import refuse_higher_order
 from .input_gradients import accumulate, first_row_dependence
-from .reruns import Reruns
 
-# (call, points, leaves, upstream, critic, method) -> the penalty, and upstream times its gradient with respect to the
-# leaves
-PenaltyAndGradients = Callable[
-    [CriticCall, list[Tensor], list[Tensor], Any, Critic, Method], tuple[PenaltyResult, Sequence[Tensor | None]]
-]
+# (call, points, leaves, upstream, critic, method) -> the penalty, and upstream times its gradient at the leaves
+PenaltyAndGradients = Callable[..., tuple[PenaltyResult, Sequence[Tensor | None]]]
 
 
 class Batch:
-    """What has the batch in front: the tensors that points are built from, and those among the critic's further
-    arguments. It is cut row by row."""
+    """The tensors with the batch in front, to be cut: those of the points, and those among the further arguments."""
 
     def __init__(self, call: CriticCall, points: PenaltyPoints) -> None:
         self.call, self.points = call, points
@@ -47,8 +42,7 @@ class Batch:
         self.is_cut = [isinstance(t, Tensor) and t.ndim > 0 and t.shape[0] in lengths for t in others]
         self.arrays = [t for t in others if isinstance(t, ndarray) and t.ndim > 0 and len(t) in lengths]
         self.cut = [*points.batch, *compress(others, self.is_cut)]
-        # Those without the batch in front that need a gradient. Theirs is taken at leaves of our own, so that no chunk
-        # goes through the graph behind them.
+        # Arguments that are not cut and need a gradient, taken at leaves of our own instead of the graph behind them.
         attached = [
             isinstance(t, Tensor) and t.requires_grad and not cut for t, cut in zip(others, self.is_cut, strict=True)
         ]
@@ -107,7 +101,8 @@ def compute_penalty(
     # Scores are scaled in the chunks' backward too, where an fp16 critic's small gradients would vanish.
     upstream = 1.0 if call.grad_scale is None else call.grad_scale
     results: list[PenaltyResult] = []
-    sums: list[Tensor | None] = [None] * len(whole)
+    count = len(whole)
+    sums: list[Tensor | None] = [None] * count
     pieces_gradients: list[list[Tensor | None]] = []
     buffers = Buffers(critic.modules())
     for chunk, chunk_points, pieces in batch.chunks(chunk_size):
@@ -116,28 +111,25 @@ def compute_penalty(
         with buffers.restored() if results else nullcontext(), _without_hooks(whole):
             result, found = penalty_and_gradients(chunk, chunk_points, wanted, upstream, critic, method)
         results.append(result._replace(penalty=result.penalty.detach()))
-        accumulate(sums, (None if g is None else _for_sums(g) for g in found[: len(whole)]))
+        # Not in half types, where the sum of many small gradients would be lost.
+        terms = [g if g is None or g.is_complex() else g.to(accumulation_type(g.dtype)) for g in found[:count]]
+        accumulate(sums, terms)
         pieces_gradients.append([
             torch.zeros_like(x) if g is None else g
-            for x, g in zip(wanted[len(whole) :], found[len(whole) :], strict=True)
+            for x, g in zip(wanted[count:], found[count:], strict=True)
         ])  # fmt: skip
-        del result, found  # or a graph and one more set of gradients would be alive during the next chunk
+        del result, found, terms  # or a graph and one more set of gradients would be alive during the next chunk
     combined = _combined(results, form.reduce)
 
     if data_parallel.finds_unused_parameters(critic.profile):
         reached = [g is not None for g in sums]
         sums = list(compress(sums, reached))
-        attached = [*compress(attached, reached), *attached[len(whole) :]]
+        attached = [*compress(attached, reached), *attached[count:]]
     known = [*sums, *[torch.cat(gradients) for gradients in zip(*pieces_gradients, strict=True)]]
     gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(attached, known, strict=True)]
     if form.kappa is not None:
         gradients = [g * form.kappa for g in gradients]
     return combined._replace(penalty=PrecomputedGradients.apply(combined.penalty, gradients, *attached))
-
-
-def _for_sums(gradient: Tensor) -> Tensor:
-    """In the type in which gradients are added up: in half types the sum of many small ones would be lost."""
-    return gradient if gradient.is_complex() else gradient.to(accumulation_type(gradient.dtype))
 
 
 def compute_value(call: CriticCall, points: PenaltyPoints, chunk_size: int, critic: Critic) -> PenaltyResult:
@@ -209,8 +201,8 @@ def _check_independent(batch: Batch, rows: int, whole: Sequence[Tensor], critic:
     """
     call, points, pieces = batch.chunk(0, rows)
     leaves = [x.detach().requires_grad_() for x in points]
-    with Reruns(critic, leaves[0].device) as reruns, torch.enable_grad():
-        scores = reruns.again(call).scores(leaves)
+    with critic.state(leaves[0].device) as state, torch.enable_grad():
+        scores = call.again(state).scores(leaves)
     refuse_reentrant(nodes([scores]))
     known = {id(t) for t in (*whole, *pieces, *leaves)}
     for leaf in reached_leaves([scores]):
@@ -223,7 +215,7 @@ def _check_independent(batch: Batch, rows: int, whole: Sequence[Tensor], critic:
         raise ValueError(
             f"critic must return as many scores for each sample with chunk_size, got {tuple(scores.shape)} for {rows}"
         )
-    with reruns.buffers.restored():  # for checkpoints, which run their part again
+    with state.buffers.restored():  # for checkpoints, which run their part again
         own, others = first_row_dependence(scores, leaves, rows, False)
     if others:
         raise ValueError(

@@ -13,17 +13,16 @@ from torch.utils._pytree import tree_map_only
 from .. import reference
 from ..critics import autograd_graph
 from ..critics.critic import Critic
-from ..form import PenaltyForm, accumulation_type
-from . import functional
+from ..form import accumulation_type
+from ..ops.norm_penalty import norm_penalty_rows
 from .critic_call import CriticCall, PenaltyResult, independent_scores_error
 from .directional import refuse_higher_order
-from .input_gradients import cotangent, input_gradients
-from .reruns import Reruns
+from .double_backward import NotTwiceDifferentiable, checked_input_gradients
+from .input_gradients import cotangent
 
 
 class CompiledPenalty:
-    """One penalty at samples of one shape. The first batch size has a graph of its own, as fast as static shapes are;
-    all others share one in which the batch size is a variable."""
+    """One penalty at samples of one shape: a static graph for the first batch size, a dynamic one for all others."""
 
     def __init__(self, batch: int, scaled: bool) -> None:
         from .partition import GradientInForward  # a part of the compiler, which is imported when it is used
@@ -71,7 +70,10 @@ def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic) 
     upstream = None if scale is None else form.scale * scale.to(dtype).reshape(1)
     try:
         with _hooks_refused(), _everything_kept():
-            penalty, norms = run(critic.function, points, call.structure, args, kwargs, scale, upstream, plain, group)
+            plain_call = call._replace(
+                critic=critic.function, args=args, kwargs=kwargs, grad_scale=scale, form=plain, ops=reference
+            )
+            penalty, norms = run(plain_call, points, upstream, group)
     except torch._dynamo.exc.TorchDynamoException as error:
         if "would mutate a captured Tensor" in str(error):  # in another place of the text in each version
             raise ValueError(
@@ -106,29 +108,23 @@ def refuse_hooks(distributed: bool) -> None:
         )
 
 
-def _penalty_and_norms(
-    critic: Any,
-    points: list[Tensor],
-    structure: Any,
-    args: Any,
-    kwargs: Any,
-    grad_scale: Tensor | None,
-    upstream: Tensor | None,
-    form: PenaltyForm,
-    group: int,
-) -> tuple[Tensor, Tensor]:
-    form = form._replace(
-        rows=len(points[0]) // group,
-        kappa=None if grad_scale is None else 1 / grad_scale.to(accumulation_type(*[x.dtype for x in points])),
-    )
-    call = CriticCall(critic, structure, args, kwargs, grad_scale, form, reference)
-    penalty, norms, _ = functional.compute_penalty(call, points)
+def traceable_penalty(call: CriticCall, points: Sequence[Tensor]) -> PenaltyResult:
+    """By torch.func, which torch.compile can trace. Differentiable to every order in which the critic is."""
+    scores, pull_back = torch.func.vjp(lambda *xs: call.scores(xs), *points)  # type: ignore[misc]
+    return PenaltyResult(*norm_penalty_rows(pull_back(cotangent(scores, call.grad_scale)), call.form, reference))
+
+
+def _penalty_and_norms(call: CriticCall, points: list[Tensor], upstream: Any, group: int) -> tuple[Tensor, Tensor]:
+    """What is compiled."""
+    scale: Any = call.grad_scale
+    kappa = None if scale is None else 1 / scale.to(accumulation_type(*[x.dtype for x in points]))
+    form = call.form._replace(rows=len(points[0]) // group, kappa=kappa)
+    penalty, norms, _ = traceable_penalty(call._replace(form=form), points)
     return penalty if upstream is None else penalty * upstream.squeeze(), norms
 
 
 def _with_own_code(function: Any) -> FunctionType:
-    """The same function with a code object of its own: torch.compile keeps its graphs with the code, and allows a code
-    only a few of them."""
+    """The same function with a code object of its own: torch.compile allows each code only a few graphs."""
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
@@ -142,8 +138,8 @@ def _of_any_batch(tensor: Tensor, batch: int) -> Tensor:
 
 
 def _check(call: CriticCall, points: Sequence[Tensor], critic: Critic) -> None:
-    """What the critic's eager graph shows, before it is compiled: a compiled function cannot tell a zero gradient from
-    none, and the compiler's own errors are pages long."""
+    """Eagerly, before compiling: a compiled function cannot tell a zero gradient from none, and the compiler's own
+    errors are pages long."""
     for part in critic.profile.modules():
         if isinstance(part, (Embedding, EmbeddingBag)) and part.sparse and part.weight.requires_grad:
             raise ValueError(
@@ -152,30 +148,24 @@ def _check(call: CriticCall, points: Sequence[Tensor], critic: Critic) -> None:
             )
     leaves = [x.detach().requires_grad_() for x in points]
     # Parts that are compiled already are traced again with the rest, so they are run eagerly here.
-    with (
-        Reruns(critic, points[0].device) as reruns,
-        torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        scores = reruns.again(call).scores(leaves)
+    with critic.state(points[0].device) as state, torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        scores = call.again(state).scores(leaves)
         between = autograd_graph.nodes_between([scores], leaves)
         if not between:
             raise independent_scores_error()
         if any(node.name() == autograd_graph.REENTRANT for node in between):
             raise _hooked()
-        found = autograd_graph.once_differentiable_node(between)
-        if not found:
-            gradients = input_gradients((scores,), (cotangent(scores, None),), leaves, True, True)
-            found = autograd_graph.missing_derivative(gradients, leaves)
-    if found:
-        culprit, remedy = found
-        raise ValueError(f"method='compiled' must differentiate the critic twice, and found {culprit}. Use {remedy}.")
+        try:
+            checked_input_gradients((scores,), (cotangent(scores, None),), leaves)
+        except NotTwiceDifferentiable as error:
+            raise ValueError(
+                f"method='compiled' must differentiate the critic twice, and found {error.culprit}. Use {error.remedy}."
+            ) from None
 
 
 def _everything_kept() -> Any:
-    """While a graph is compiled, for those that the compiler splits itself. With a smaller memory budget it recomputes
-    what must not be: dropout masks are drawn anew, and the vectors of spectral norm are read after their update. The
-    gradients are then silently wrong."""
+    """For graphs that the compiler splits itself: with a smaller memory budget it draws dropout masks anew, and reads
+    the vectors of spectral norm after their update, and the gradients are silently wrong."""
     config = torch._functorch.config
     return nullcontext() if config.activation_memory_budget == 1 else config.patch(activation_memory_budget=1.0)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import arguments, reference
+from ..critics.state import CriticState
 from ..form import PenaltyForm
 
 
@@ -32,6 +33,10 @@ class CriticCall(NamedTuple):
                     "critic must leave its input as it is, got one that changes it in place: inplace=True first?"
                 )
         return scores
+
+    def again(self, state: CriticState) -> "CriticCall":
+        """The same call of the critic as it was in this state."""
+        return self._replace(critic=state.rerun(self.critic))
 
 
 class PenaltyPoints(NamedTuple):

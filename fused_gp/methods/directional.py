@@ -22,12 +22,12 @@ from torch.nn import Module
 
 from ..critics import autograd_graph, data_parallel
 from ..critics.critic import Critic
+from ..critics.state import CriticState
 from ..form import Method, PenaltyForm
 from ..ops import torch_ops
 from ..ops.rows import Order, from_rows, storage_order, to_rows
 from .critic_call import CriticCall, PenaltyResult, independent_scores_error
 from .input_gradients import accumulate, cotangent, first_row_dependence, input_gradients
-from .reruns import Reruns
 
 # Truncation grows as h^2, rounding as spacing / h: the best step is a multiple of the cube root of the spacing of the
 # type that the critic computes in. The multiple depends on the critic: the best one was 1/8 for the ViT of the
@@ -63,17 +63,19 @@ class CentralDifference(NamedTuple):
 
 def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic, method: Method) -> PenaltyResult:
     """Run the critic three times; the gradient reaches its parameters, and the points where they are attached."""
-    reruns = Reruns(critic, points[0].device)
-    penalty, norms, difference = _central_difference(call, points, critic, reruns, method)
+    state = critic.state(points[0].device)
+    penalty, norms, difference = _central_difference(call, points, critic, state, method)
     profile = critic.profile
     mode = profile.mode(points[0].device)
-    again = reruns.again(call)
-    if not reruns.buffers.empty and mode not in profile.no_buffers_in_checkpoints:
+    again = call.again(state)
+    if state.buffers.kept and mode not in profile.no_buffers_in_checkpoints:
         _refuse_buffers_in_checkpoints(again, points, critic)
         profile.no_buffers_in_checkpoints[mode] = True
     dtype = norms.dtype
     plus, minus = again.scores(difference.plus).to(dtype), again.scores(difference.minus).to(dtype)
-    differences = _row_sums(plus - minus, call.form) * difference.factor
+    change = plus - minus
+    change = change.sum() if call.form.reduce else change.reshape(call.form.rows, -1).sum(1)
+    differences = change * difference.factor
     error = _relative_error(differences.detach(), difference.terms)
     if not differences.requires_grad:
         return PenaltyResult(penalty, norms, error)
@@ -82,27 +84,22 @@ def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic, 
 
 
 def penalty_and_gradients(
-    call: CriticCall,
-    points: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    upstream: float | Tensor,
-    critic: Critic,
-    method: Method,
+    call: CriticCall, points: Sequence[Tensor], inputs: Sequence[Tensor], upstream: Any, critic: Critic, method: Method
 ) -> tuple[PenaltyResult, list[Tensor | None]]:
-    """The penalty, and upstream times its gradient with respect to the inputs. Each end is differentiated before the
-    next is computed, so that only one graph is alive at a time."""
-    reruns = Reruns(critic, points[0].device)
+    """The penalty, and upstream times its gradient at the inputs. One graph is alive at a time: each end is
+    differentiated before the next is computed."""
+    state = critic.state(points[0].device)
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in points]
-    penalty, norms, difference = _central_difference(call, leaves, critic, reruns, method)
+    penalty, norms, difference = _central_difference(call, leaves, critic, state, method)
     wanted = [*inputs, *[x for x in leaves if x.requires_grad]]
     sums: list[Tensor | None] = [None] * len(wanted)
     measured = norms.new_zeros(())
-    again = reruns.again(call)
+    again = call.again(state)
     for sign, ends in ((1, difference.plus), (-1, difference.minus)):
         scores = again.scores(ends)
         measured = measured + sign * scores.detach().sum(dtype=norms.dtype)
         ones = (torch.ones_like(scores) * (difference.factor * (sign * upstream))).to(scores.dtype)
-        with reruns.buffers.restored():
+        with state.buffers.restored():
             accumulate(sums, input_gradients((scores,), (ones,), wanted, False, False))
         del scores
     # The gradient at the points goes on to what they are built from.
@@ -117,7 +114,7 @@ def penalty_and_gradients(
 
 
 def _central_difference(
-    call: CriticCall, points: Sequence[Tensor], critic: Critic, reruns: Reruns, method: Method
+    call: CriticCall, points: Sequence[Tensor], critic: Critic, state: CriticState, method: Method
 ) -> tuple[Tensor, Tensor, CentralDifference]:
     """The first run: penalty and norms, exact, and the difference that has the gradient."""
     form = call.form
@@ -129,7 +126,7 @@ def _central_difference(
     key = (profile.mode(scores.device), composition, tuple(x.dtype for x in points))
     smoothness = profile.directional.get(key)
     if smoothness is None or smoothness.calls == TRIAL_EVERY:
-        smoothness = profile.directional[key] = _smoothness(call, leaves, scores, reruns)
+        smoothness = profile.directional[key] = _smoothness(call, leaves, scores, state)
     if smoothness.kink and not method.allow_kinks:
         raise NotSmooth(
             f"method='directional' needs a smooth critic, and found {smoothness.kink}: a difference across its kink is "
@@ -138,7 +135,7 @@ def _central_difference(
         )
     if not form.reduce and not smoothness.independent:
         smoothness.independent = _check_independent(scores, leaves, form.rows)
-    with reruns.buffers.restored():  # for checkpoints, which run their part again
+    with state.buffers.restored():  # for checkpoints, which run their part again
         gradients = input_gradients((scores,), (cotangent(scores, call.grad_scale),), leaves, False, False)
     if all(g is None for g in gradients):
         raise independent_scores_error()
@@ -164,7 +161,7 @@ def _central_difference(
         if smoothness.calls == 0:
             longest = lengths.max()
             along = unit * kappa / torch.where(longest == 0, 1.0, longest)
-            smoothness.step = _best_step(reruns.again(call), stencil, along, smoothness.spacing)
+            smoothness.step = _best_step(call.again(state), stencil, along, smoothness.spacing)
         smoothness.calls += math.isfinite(smoothness.step)
         step = smoothness.step
     h = step * unit
@@ -203,9 +200,8 @@ class Stencil(NamedTuple):
 def _best_step(call: CriticCall, stencil: Stencil, along: Tensor, spacing: float) -> float:
     """The step at which the quotients [D(h) - D(-h)] / 2h of the scores change least, of those on the ladder.
 
-    From one quotient to the next, at half the step, truncation changes by 3/4 of itself, rounding by about twice. One
-    pair may agree by chance, so three in a row have to, and the step is the middle one. NaN where no quotient is
-    finite, as with infinities in the samples.
+    From one quotient to the next, at half the step, truncation changes by 3/4 of itself, rounding by about twice. Two
+    may agree by chance, so three in a row have to; the step is the middle one. NaN where no quotient is finite.
     """
     steps = [share * spacing ** (1 / 3) for share in STEP_LADDER]
     quotients = []
@@ -257,14 +253,8 @@ def refuse_higher_order(what: str) -> None:
         )
 
 
-def _row_sums(differences: Tensor, form: PenaltyForm) -> Tensor:
-    """Of each row where each has its own penalty, of all rows where there is one."""
-    return differences.sum() if form.reduce else differences.reshape(form.rows, -1).sum(1)
-
-
 def _check_independent(scores: Tensor, leaves: Sequence[Tensor], rows: int) -> bool:
-    """Each sample's own difference is needed, so each score must depend on one sample. False where that cannot be seen
-    yet."""
+    """Each score must depend on one sample, whose own difference is needed. False where that cannot be seen yet."""
     own, others = False, True
     if scores.numel() % rows == 0:
         own, others = first_row_dependence(scores, leaves, rows, True)
@@ -306,13 +296,13 @@ def _relative_error(measured: Tensor, terms: Tensor) -> Tensor:
     return (measured.sum() - terms.sum()).abs() / torch.where(total == 0, 1.0, total)
 
 
-def _smoothness(call: CriticCall, leaves: Sequence[Tensor], scores: Tensor, reruns: Reruns) -> Smoothness:
+def _smoothness(call: CriticCall, leaves: Sequence[Tensor], scores: Tensor, state: CriticState) -> Smoothness:
     """Read off the graph of the scores: at the first call with such arguments, and at every 1000th."""
     between = autograd_graph.nodes_between([scores], leaves)
     autograd_graph.refuse_reentrant(between)
     if any(node.name() == autograd_graph.COMPILED for node in between):
         # A compiled part is one node. Run eagerly, it shows its own.
         with torch.compiler.set_stance("force_eager"):
-            between = autograd_graph.nodes_between([reruns.again(call).scores(leaves)], leaves)
+            between = autograd_graph.nodes_between([call.again(state).scores(leaves)], leaves)
     dtypes = autograd_graph.dtypes(between) | {scores.dtype} | {x.dtype for x in leaves}
     return Smoothness(autograd_graph.kink(between), max(SPACING[dtype] for dtype in dtypes if dtype in SPACING))

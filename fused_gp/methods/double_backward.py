@@ -9,7 +9,7 @@ from ..critics.critic import Critic
 from ..critics.profile import CriticProfile
 from ..ops.norm_penalty import norm_penalty_rows
 from .critic_call import CriticCall, PenaltyResult, independent_scores_error
-from .input_gradients import cotangent, input_gradients
+from .input_gradients import Tensors, cotangent, input_gradients
 
 
 class NotTwiceDifferentiable(ValueError):
@@ -19,7 +19,7 @@ class NotTwiceDifferentiable(ValueError):
         super().__init__(
             f"method='double_backward' must differentiate the critic twice, and found {culprit}. Use {remedy}."
         )
-        self.culprit = culprit
+        self.culprit, self.remedy = culprit, remedy
 
 
 def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic, create_graph: bool) -> PenaltyResult:
@@ -58,19 +58,25 @@ def refuse_what_cannot_be_reduced(profile: CriticProfile) -> None:
 
 
 def twice_differentiable_gradients(
-    outputs: tuple[Tensor, ...], cotangents: tuple[Tensor, ...], points: Sequence[Tensor], profile: CriticProfile
+    outputs: Tensors, cotangents: Tensors, points: Sequence[Tensor], profile: CriticProfile
 ) -> list[Tensor | None]:
-    """The input gradients with their graph; once per mode of the critic, that graph is checked to reach the weights."""
+    """The input gradients with their graph, which is checked once for each mode of the critic."""
     mode = profile.mode(points[0].device)
-    unchecked = mode not in profile.twice_differentiable
-    if unchecked and autograd_graph.once_differentiable_node(autograd_graph.nodes(outputs)):
-        between = autograd_graph.nodes_between(outputs, points)  # the node may lie where the points do not pass
+    if mode in profile.twice_differentiable:
+        return input_gradients(outputs, cotangents, points, True, True)
+    gradients = checked_input_gradients(outputs, cotangents, points)
+    profile.twice_differentiable[mode] = True
+    return gradients
+
+
+def checked_input_gradients(outputs: Tensors, cotangents: Tensors, points: Sequence[Tensor]) -> list[Tensor | None]:
+    """The input gradients with their graph, if it reaches the weights."""
+    if autograd_graph.once_differentiable_node(autograd_graph.nodes(outputs)):  # the points may not reach it
+        between = autograd_graph.nodes_between(outputs, points)
         autograd_graph.refuse_reentrant(between)
         if found := autograd_graph.once_differentiable_node(between):
             raise NotTwiceDifferentiable(*found)
     gradients = input_gradients(outputs, cotangents, points, True, True)
-    if unchecked:
-        if found := autograd_graph.missing_derivative(gradients, points):
-            raise NotTwiceDifferentiable(*found)
-        profile.twice_differentiable[mode] = True
+    if found := autograd_graph.missing_derivative(gradients, points):
+        raise NotTwiceDifferentiable(*found)
     return gradients

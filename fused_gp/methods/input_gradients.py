@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
+Tensors = tuple[Tensor, ...]
+
 
 def input_gradients(
-    outputs: tuple[Tensor, ...],
-    cotangents: tuple[Tensor, ...],
-    inputs: Sequence[Tensor],
-    create_graph: bool,
-    retain_graph: bool,
+    outputs: Tensors, cotangents: Tensors, inputs: Sequence[Tensor], create_graph: bool, retain_graph: bool
 ) -> list[Tensor | None]:
     """d sum_k <cotangent_k, output_k> / d input; None for inputs that the outputs do not depend on."""
     attached = [output.requires_grad for output in outputs]

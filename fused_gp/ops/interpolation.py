@@ -26,7 +26,7 @@ def interpolate(real: Any, fake: Any, alpha: Tensor | float, *, backend: str = "
             tuple, list or dict of such tensors with one B, which share the alpha of each sample.
         fake: the same, of the same shape, dtype and device.
         alpha: one number in [0, 1] for all samples, or a floating tensor of shape (), (B,) or (B, 1, ..., 1).
-        backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
+        backend: as in `fused_gradient_penalty`.
 
     Returns:
         A new tensor of the shape and dtype of `real`, in its memory format; or a tuple, list or dict of them, as given.

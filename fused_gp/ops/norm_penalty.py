@@ -48,9 +48,7 @@ def gradient_norm_penalty(
             a floating tensor of one element, or a GradScaler. None: they were not.
         weight: the coefficient of the penalty, often called lambda.
         reduction: "mean", "sum" or "none".
-        backend: "auto" (Triton on CUDA, ROCm and XPU tensors, plain torch elsewhere), "triton" or "torch".
-        return_norms: also return the norms :math:`n_i`, for logging. The backward needs them unchanged: copy them
-            before you change them in place.
+        backend, return_norms: as in `fused_gradient_penalty`.
 
     Returns:
         The penalty, a scalar, or (B,) with reduction "none"; with `return_norms`, the pair of it and the norms, (B,),
@@ -66,7 +64,8 @@ def gradient_norm_penalty(
     actually Converge?", 2018 (squared).
     """
     tensors, _ = arguments.samples("gradients", gradients)
-    form = arguments.penalty_form(tensors, target, one_sided, eps, weight, reduction, return_norms, squared=squared)
+    batch = tensors[0].shape[0]
+    form = arguments.penalty_form(batch, target, one_sided, eps, weight, reduction, return_norms, squared=squared)
     if grad_scale is not None:
         form = arguments.gradient_scale(form, grad_scale, tensors)
     penalty, norms = norm_penalty_rows(tensors, form, backend_for(backend, tensors[0]))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..form import PenaltyForm, accumulation_type
 
+Rows = Sequence[Tensor]  # (R, N) each, of one R
+
 # Elements of a block of fp32 copies and intermediate results: 2 MB. With more, malloc returns memory to the system in
 # between, and page faults take as long as the arithmetic.
 BLOCK = 2**19
@@ -40,8 +42,7 @@ def interpolate_adjoint(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(R, N) cotangent of the interpolation -> the gradients asked for, of real and of fake."""
     real_grad = _scaled(cotangent, 1 - alpha) if real_needed else None
-    fake_grad = _scaled(cotangent, alpha) if fake_needed else None
-    return real_grad, fake_grad
+    return real_grad, _scaled(cotangent, alpha) if fake_needed else None
 
 
 def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ def perturb(points: Tensor, gradients: Tensor, column: Tensor) -> tuple[Tensor, 
     return plus, minus
 
 
-def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Tensor, Tensor]:
+def penalty_forward(gradients: Rows, form: PenaltyForm) -> tuple[Tensor, Tensor]:
     """(R, N) rows of one tensor or several -> penalty, a scalar or (R,), and norms, (R,), in the accumulation type."""
     norms = _row_norms(gradients)
     if form.kappa is not None:
@@ -74,19 +75,14 @@ def penalty_forward(gradients: Sequence[Tensor], form: PenaltyForm) -> tuple[Ten
     return penalty.mul_(scale), norms
 
 
-def penalty_backward(gradients: Sequence[Tensor], norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
+def penalty_backward(gradients: Rows, norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
     """Upstream, a scalar or (R,) -> the gradients of the penalty, (R, N) each."""
     weight = row_weight(norms, upstream, form)
     return [_scaled(g, weight) for g in gradients]
 
 
 def penalty_double_backward(
-    gradients: Sequence[Tensor],
-    norms: Tensor,
-    upstream: Tensor,
-    cotangents: Sequence[Tensor],
-    form: PenaltyForm,
-    upstream_needed: bool,
+    gradients: Rows, norms: Tensor, upstream: Tensor, cotangents: Rows, form: PenaltyForm, upstream_needed: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """(R, N) cotangents of the backward -> gradients of its `gradients` and, where needed, of its `upstream`."""
     weight = row_weight(norms, upstream, form)
@@ -181,7 +177,7 @@ def _second_order(gradients: Tensor, cotangents: Tensor, inverse: Tensor, curvat
     return out
 
 
-def _row_norms(gradients: Sequence[Tensor]) -> Tensor:
+def _row_norms(gradients: Rows) -> Tensor:
     """The norm of each row, over all tensors."""
     first = gradients[0]
     if len(gradients) == 1:

@@ -5,11 +5,10 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch import Tensor
-from torch.distributed import is_available, is_initialized
+from torch import Tensor, distributed
 from torch.nn import Module
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
@@ -51,7 +50,7 @@ class Critic:
                 self.profile = profile
             # A number, or an object deeper down, may have chosen another critic. Among several processes its gradients
             # might then not be reduced.
-            self.trusted = self.known and not (is_available() and is_initialized())
+            self.trusted = self.known and not (distributed.is_available() and distributed.is_initialized())
 
     def modules(self) -> Iterator[Module]:
         """Those that run in it, as far as known, and those that a callable holds, whose own buffers it may write."""
@@ -94,24 +93,24 @@ class Critic:
     @contextmanager
     def _watching(self, buffers: Buffers) -> Iterator[None]:
         """See the outermost modules that run, and keep the buffers of each, and of all in it, before it does."""
-        roots: list[Module] = []
-        seen = set() if self._contents is not None else {id(part) for part in self.profile.modules()}
+        roots: list[ref[Module]] = []  # weak, since a module that is made for one run is no part of the critic
+        seen = WeakSet(() if self._contents is not None else self.profile.modules())
         thread = get_ident()
 
         def see(module: Module, _: Any) -> None:
-            if torch.compiler.is_compiling() or get_ident() != thread or id(module) in seen:
+            if torch.compiler.is_compiling() or get_ident() != thread or module in seen:
                 return
-            parts = {id(part): part for part in module.modules()}
-            roots[:] = [root for root in roots if id(root) not in parts] + [module]
+            parts = set(module.modules())
+            roots[:] = [root for root in roots if root() not in parts] + [ref(module)]
             seen.update(parts)
-            buffers.keep(parts.values())
+            buffers.keep(parts)
 
         handle = register_module_forward_pre_hook(see)
         try:
             yield
         finally:
             handle.remove()
-        self._learn(roots)
+        self._learn([module for root in roots if (module := root()) is not None])
 
     def _learn(self, roots: list[Module]) -> None:
         self._was_watched = True

@@ -76,19 +76,29 @@ class Critic:
             return self.function(*args, **kwargs)
 
     def look(self, *args: Any, **kwargs: Any) -> Any:
-        """Watch a run that changes neither buffers nor generators. Compiled parts run eagerly, without compiling the
-        hook."""
+        """Watch a run that changes neither buffers nor generators."""
         device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         state = CriticState(self.modules(), device)
-        with state, _eager(self._is_compiled()), state.buffers.restored(), self._watching(state.buffers):
+        with state, state.buffers.restored(), self.eagerly(), self._watching(state.buffers):
             return self.function(*args, **kwargs)
 
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """What torch.compile has compiled runs eagerly inside, so that hooks are called, and not compiled."""
+        if not self._is_compiled():
+            yield
+            return
+        unwarned = r"Using `torch.compile\(module\)` when there are global hooks"
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+            warnings.filterwarnings("ignore", unwarned, UserWarning)
+            yield
+
     def _is_compiled(self) -> bool:
-        """Whether a callable holds something that torch.compile has compiled."""
-        contents = self._contents
-        return contents is not None and (
-            contents.compiled or any(is_compiled(part) for _, module in contents.modules for part in module.modules())
-        )
+        """Whether torch.compile has compiled something that the critic is or holds."""
+        if self._contents is None:
+            return any(map(is_compiled, self.profile.modules()))
+        held = [part for _, module in self._contents.modules for part in module.modules()]
+        return self._contents.compiled or any(map(is_compiled, held))
 
     @contextmanager
     def _watching(self, buffers: Buffers) -> Iterator[None]:
@@ -145,13 +155,3 @@ def _profile_of_module(module: Module) -> CriticProfile:
         profile.watched = any(map(is_compiled, module.modules()))  # a hook would be compiled with it, or not be called
         _profiles.setdefault(module, Bounded())[None] = profile
     return profile
-
-
-@contextmanager
-def _eager(compiled: bool) -> Iterator[None]:
-    if not compiled:
-        yield
-        return
-    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-        warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks", UserWarning)
-        yield

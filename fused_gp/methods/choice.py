@@ -23,8 +23,7 @@ def compute_penalty(call: CriticCall, points: PenaltyPoints, method: Method) -> 
     if call.ops is reference:
         return _traced(call, points, method)
     critic = Critic(call.critic)
-    new = not critic.known
-    if not new:
+    if critic.known:
         warn_of_batch_norm(critic.profile)
     if not critic.trusted:
         call = call._replace(critic=critic)  # which watches its run
@@ -34,8 +33,8 @@ def compute_penalty(call: CriticCall, points: PenaltyPoints, method: Method) -> 
         result = _with_graph(call, points.build(points.batch, call.ops), critic, method)
     else:
         result = chunks.compute_penalty(call, points, method, critic, _penalty_and_gradients)
-    if new:
-        warn_of_batch_norm(critic.profile)
+    if not critic.trusted:
+        warn_of_batch_norm(critic.profile)  # of what the run has shown
     return result
 
 

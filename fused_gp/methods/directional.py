@@ -278,7 +278,8 @@ def _refuse_buffers_in_checkpoints(call: CriticCall, points: Sequence[Tensor], c
     parts = [part for part in critic.profile.modules() if part.training and part._buffers]
     handles = [part.register_forward_pre_hook(look) for part in parts]
     try:
-        call.scores([x.detach() for x in points])
+        with critic.eagerly():
+            call.scores([x.detach() for x in points])
     finally:
         for handle in handles:
             handle.remove()

@@ -153,7 +153,7 @@ def test_norms_are_where_the_penalty_and_the_distance_balance():
     for row in rows_of(full["results"], step=full["settings"]["steps"]):
         assert row["median_norm"] == pytest.approx(1 + length / 20, abs=0.004)
         assert row["median_norm"] > 1 + row["wasserstein_exact"] / 20 + 0.008
-    assert f"L = {length:.2f} in the mean" in page_text()
+    assert f"L = {length:.2f} on average" in page_text()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -133,7 +133,7 @@ def test_clipped_weights_are_at_the_bounds():
             assert row["share_at_the_bounds"] > 0.05
 
 
-@pytest.mark.parametrize("penalty", unit_gradient_norm.SIDES)
+@pytest.mark.parametrize("penalty", unit_gradient_norm.PENALTIES)
 def test_norms_are_one_after_training(penalty):
     full = numbers("unit_gradient_norm")
     results = rows_of(full["results"], penalty=penalty)
@@ -148,7 +148,9 @@ def test_norms_are_one_after_training(penalty):
 def test_norms_are_where_the_penalty_and_the_distance_balance():
     """Not at 1 + W / 20: the penalty's lines are those between any two samples."""
     torch.manual_seed(0)
-    length = (unit_gradient_norm.eight_gaussians(10_000) - unit_gradient_norm.middle(10_000)).norm(dim=1).mean().item()
+    length = (
+        (unit_gradient_norm.eight_gaussians(10_000) - unit_gradient_norm.one_gaussian(10_000)).norm(dim=1).mean().item()
+    )
     full = numbers("unit_gradient_norm")
     for row in rows_of(full["results"], step=full["settings"]["steps"]):
         assert row["median_norm"] == pytest.approx(1 + length / 20, abs=0.004)
@@ -228,7 +230,7 @@ def test_short_deep_critics():
 
 def test_short_unit_gradient_norm():
     results = unit_gradient_norm.run(0, steps=100)
-    for penalty in unit_gradient_norm.SIDES:
+    for penalty in unit_gradient_norm.PENALTIES:
         (before,) = rows_of(results, penalty=penalty, step=0)
         (after,) = rows_of(results, penalty=penalty, step=100)
         assert before["share_within_a_tenth_of_1"] < 0.25

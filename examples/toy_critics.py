@@ -92,8 +92,8 @@ def train_by_penalty(
 ) -> list[float]:
     """Returns the critic loss of each step, without the penalty.
 
-    `penalty_weight` gives the weight at a fraction of the steps, 0 at the first. Adam, with a learning rate that decays
-    to 0, so that the critic converges.
+    `penalty_weight` maps the fraction of steps done to the weight. Adam, with a learning rate that decays to 0, so that
+    the critic converges.
     """
     optimizer = torch.optim.Adam(critic.parameters(), learning_rate, (0.5, 0.9))
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)

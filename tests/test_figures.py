@@ -240,16 +240,16 @@ def test_short_unit_gradient_norm():
 
 @pytest.fixture(scope="module")
 def judge(one_thread):
-    return digits_ablation.Judge(0)
+    return digits_ablation.SampleQuality(0)
 
 
 def test_digits_judge(judge):
     """Knows noise from digits, and one digit from ten."""
-    best = judge.best()
+    best = judge.of_real_digits()
     noise = 2 * torch.rand(500, 64).double().numpy() - 1
     assert best["score"] > 2 * judge.score(noise)
     assert best["frechet_distance"] < 0.1 * judge.frechet(noise)
-    assert judge.score(judge.known[:1].repeat(500, 0)) == pytest.approx(1)
+    assert judge.score(judge.training[:1].repeat(500, 0)) == pytest.approx(1)
     assert judge.frechet(judge.held_out) == pytest.approx(0, abs=1e-2)
 
 

@@ -144,9 +144,8 @@ def plot(path: Path, rows: dict[str, np.ndarray], names: list[str]) -> None:
                 rows[drawn][:, column], bins, color=color, label=drawn, histtype="step", linestyle=line, density=True
             )
         real = rows["real"][:, column]
-        axes.set_ylim(
-            0, 1.6 * np.histogram(real, bins, density=True)[0].max()
-        )  # before training, the histogram is one spike
+        # Before training, the histogram is one spike, so the axis is scaled to the real rows.
+        axes.set_ylim(0, 1.6 * np.histogram(real, bins, density=True)[0].max())
         axes.set_title(name, fontsize=10)
         axes.set_yticks([])
     panels[0, 0].legend(fontsize=8)

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/distributed.py            DDP; a picture and a JSON in out/
     torchrun --nproc-per-node 2 examples/distributed.py --fsdp     the critic's weights sharded
 
-gloo on CPUs, NCCL on GPUs. The penalty is one argument away from that of a single process: under FSDP2 the weights
-are freed before a second backward could use them, so the method is "directional", which needs a smooth critic.
+The backend is gloo on CPUs, NCCL on GPUs. The call differs from that of a single process in one argument: FSDP2 frees
+the weights before a second backward could use them, so the method is "directional", which needs a smooth critic.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from tqdm import tqdm
 
 from fused_gp import fused_gradient_penalty
 
-BATCH = 256  # of all ranks together
-NOISE = 2
+BATCH = 256  # over all ranks
+NOISE_DIM = 2
 WIDTH = 64
 CRITIC_STEPS = 5
-PENALTY_WEIGHT = 1.0  # distances here are of the order of 1
+PENALTY_WEIGHT = 1.0  # distances in this data are of the order of 1
 LEARNING_RATE = 1e-3
 BETAS = (0.0, 0.9)
 SPREAD = 0.05
 
 
-def network(inputs: int, outputs: int) -> nn.Sequential:
-    """SiLU: smooth, as "directional" needs it."""
+def make_network(inputs: int, outputs: int) -> nn.Sequential:
+    """An MLP with SiLU, which is smooth, as "directional" requires."""
     layers = nn.Linear(inputs, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, outputs)
     return nn.Sequential(*layers)
 
@@ -50,9 +50,9 @@ def eight_gaussians(count: int, device: torch.device) -> Tensor:
 
 
 def train(
-    generator: nn.Module, critic: nn.Module, method: str, steps: int, share: int, device: torch.device
+    generator: nn.Module, critic: nn.Module, method: str, steps: int, local_batch: int, device: torch.device
 ) -> list[dict[str, float]]:
-    """On this rank's share of each batch."""
+    """Trains on this rank's share of each batch. Returns the metrics per generator step, averaged over the ranks."""
     generator_optimizer = torch.optim.Adam(generator.parameters(), LEARNING_RATE, BETAS)
     critic_optimizer = torch.optim.Adam(critic.parameters(), LEARNING_RATE, BETAS)
     curves = []
@@ -60,10 +60,10 @@ def train(
     progress = tqdm(range(steps), "training", unit="step", mininterval=interval, disable=dist.get_rank() != 0)
     for _ in progress:
         for _ in range(CRITIC_STEPS):
-            real = eight_gaussians(share, device)
+            real = eight_gaussians(local_batch, device)
             with torch.no_grad():
-                fake = generator(torch.randn(share, NOISE, device=device))
-            # One backward for the scores and the penalty: one reduction.
+                fake = generator(torch.randn(local_batch, NOISE_DIM, device=device))
+            # One backward for scores and penalty, so that DDP reduces the gradients once.
             penalty, norms = fused_gradient_penalty(
                 critic, real, fake, weight=PENALTY_WEIGHT, method=method, return_norms=True
             )
@@ -72,26 +72,26 @@ def train(
             (penalty - wasserstein).backward()
             critic_optimizer.step()
 
-        loss = -critic(generator(torch.randn(share, NOISE, device=device))).mean()
+        loss = -critic(generator(torch.randn(local_batch, NOISE_DIM, device=device))).mean()
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
 
-        numbers = torch.stack([wasserstein.detach(), penalty.detach(), norms.mean()])
-        dist.all_reduce(numbers)
-        watched = dict(zip(("W", "gp", "|grad|"), (numbers / dist.get_world_size()).tolist(), strict=True))
-        curves.append(watched)
-        progress.set_postfix({name: f"{value:.3f}" for name, value in watched.items()}, refresh=False)
+        local_metrics = torch.stack([wasserstein.detach(), penalty.detach(), norms.mean()])
+        dist.all_reduce(local_metrics)
+        metrics = dict(zip(("W", "gp", "|grad|"), (local_metrics / dist.get_world_size()).tolist(), strict=True))
+        curves.append(metrics)
+        progress.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()}, refresh=False)
     return curves
 
 
-def largest_difference(*modules: nn.Module) -> float:
-    """Between any rank's weights and those of rank 0."""
+def largest_weight_difference(*modules: nn.Module) -> float:
+    """The largest difference between the weights of any rank and those of rank 0."""
     weights = [p.full_tensor() if isinstance(p, DTensor) else p for m in modules for p in m.parameters()]
-    ours = torch.cat([w.detach().flatten() for w in weights])
-    first = ours.clone()
-    dist.broadcast(first, 0)
-    difference = (ours - first).abs().max()
+    local = torch.cat([w.detach().flatten() for w in weights])
+    rank_0 = local.clone()
+    dist.broadcast(rank_0, 0)
+    difference = (local - rank_0).abs().max()
     dist.all_reduce(difference, dist.ReduceOp.MAX)
     return difference.item()
 
@@ -117,21 +117,27 @@ def save_picture(path: Path, real: Tensor, fake: Tensor, curves: list[dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train a WGAN-GP on several processes.",
+        description="Train a WGAN-GP on several processes, under DDP or FSDP2.",
         usage="torchrun --nproc-per-node N %(prog)s [options]",
     )
-    parser.add_argument("--fsdp", action="store_true", help="shard the critic with FSDP2 instead of copying it (DDP)")
+    parser.add_argument(
+        "--fsdp", action="store_true", help="shard the critic with FSDP2 instead of replicating it with DDP"
+    )
     parser.add_argument(
         "--steps", type=int, default=1000, help="generator steps, five critic steps each (default 1000)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for picture and JSON (default out)")
-    parser.add_argument("--quick", action="store_true", help="10 steps: everything runs, nothing is learned")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="output folder for the picture and the JSON (default out)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="10 steps: checks that everything runs, nothing is learned"
+    )
     args = parser.parse_args()
     if args.steps < 1:
         parser.error("--steps must be at least 1")
     if "RANK" not in os.environ:
-        parser.error("start it with torchrun, which tells each process its rank")
+        parser.error("start this program with torchrun, which sets RANK for each process")
     steps = 10 if args.quick else args.steps
     started = time.perf_counter()
 
@@ -140,11 +146,11 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    torch.manual_seed(args.seed)  # the same weights everywhere
-    critic: nn.Module = network(2, 1).to(device)
-    generator = DistributedDataParallel(network(NOISE, 2).to(device))
+    torch.manual_seed(args.seed)  # the same initial weights on all ranks
+    critic: nn.Module = make_network(2, 1).to(device)
+    generator = DistributedDataParallel(make_network(NOISE_DIM, 2).to(device))
     if args.fsdp:
         for layer in critic.children():
             if isinstance(layer, nn.Linear):
@@ -152,20 +158,20 @@ def main() -> None:
         fully_shard(critic)
     else:
         critic = DistributedDataParallel(critic)
-    torch.manual_seed(args.seed + 1 + rank)  # other samples, noise and alpha on each
+    torch.manual_seed(args.seed + 1 + rank)  # different samples, noise and alpha on each rank
 
     method = "directional" if args.fsdp else "double_backward"
-    curves = train(generator, critic, method, steps, BATCH // ranks, device)
-    difference = largest_difference(generator, critic)
+    curves = train(generator, critic, method, steps, BATCH // world_size, device)
+    difference = largest_weight_difference(generator, critic)
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():
-            fake = generator.module(torch.randn(1000, NOISE, device=device))
+            fake = generator.module(torch.randn(1000, NOISE_DIM, device=device))
         wrapper = "FSDP2" if args.fsdp else "DDP"
-        title = f"{ranks} ranks, {wrapper}, {steps} steps"
+        title = f"{world_size} ranks, {wrapper}, {steps} steps"
         save_picture(args.out / "distributed.png", eight_gaussians(1000, device), fake, curves, title)
         summary: dict[str, Any] = {
-            "ranks": ranks,
+            "ranks": world_size,
             "wrapper": wrapper,
             "method": method,
             "device": device.type,
@@ -179,7 +185,7 @@ def main() -> None:
         print(f"{title}: W {curves[-1]['W']:.3f}, mean gradient norm {curves[-1]['|grad|']:.2f}")
         print(f"Largest difference between the ranks' weights: {difference:.1e}")
         print(f"See distributed.png and distributed.json in {args.out}/")
-    # DDP refers to the process group, and goes first: gloo's threads must not outlive Python.
+    # DDP holds a reference to the process group, so delete it first: gloo's threads must not outlive Python.
     del generator, critic
     gc.collect()
     dist.barrier()

@@ -1,11 +1,11 @@
-"""The same training by double backward, compiled and directional: three curves that lie on one another.
+"""The same training with the methods double_backward, compiled and directional: their curves, time and memory.
 
     python examples/methods_compared.py            a picture and a JSON in out/
 
-The digits of `digits.py` with a smooth critic. Under one seed the methods see the same weights, samples and alphas, so
-that they differ by rounding, and "directional" by the error of its difference; over many steps of a GAN such
-differences grow, so they are held against those between seeds. Beside the curves: the time of a critic step, and its
-peak memory in a process of its own.
+The digits GAN of `digits.py` with a smooth critic. With the same seed, the methods use the same initial weights,
+samples and alphas, so they differ only by rounding, and "directional" also by the error of its finite difference. Over
+many steps of GAN training such differences grow, so they are compared with the differences between seeds. Also
+measured: the time of a critic step, and its peak memory in a separate process.
 """
 
 import multiprocessing
@@ -25,15 +25,15 @@ from torch import Tensor, nn
 
 from fused_gp import fused_gradient_penalty
 
-from digits import BATCH, BETAS, CRITIC_STEPS, LEARNING_RATE, NOISE, PENALTY_WEIGHT, make_generator
+from digits import BATCH, BETAS, CRITIC_STEPS, LEARNING_RATE, NOISE_DIM, PENALTY_WEIGHT, make_generator
 from digits import make_critic as plain_critic
-from report import COLORS, over_seeds, parse_arguments, progress, save, save_picture
+from report import COLORS, median_and_range, parse_arguments, progress, save_json, save_picture
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import memory
 
 METHODS = ("double_backward", "compiled", "directional")
-LARGE_BATCH = 1024  # for time and memory; with 64 of these small images, Python takes most of both
+LARGE_BATCH = 1024  # for time and memory; at batch 64, Python's own share dominates both
 
 
 def make_critic() -> nn.Module:
@@ -58,13 +58,13 @@ def train(method: str, seed: int, steps: int) -> list[float]:
         for _ in range(CRITIC_STEPS):
             real = digits[torch.randint(len(digits), (BATCH,))]
             with torch.no_grad():
-                fake = generator(torch.randn(BATCH, NOISE))
+                fake = generator(torch.randn(BATCH, NOISE_DIM))
             loss, wasserstein = critic_loss(critic, real, fake, method)
             critic_optimizer.zero_grad()
             loss.backward()
             critic_optimizer.step()
             curve.append(wasserstein)
-        loss = -critic(generator(torch.randn(BATCH, NOISE))).mean()
+        loss = -critic(generator(torch.randn(BATCH, NOISE_DIM))).mean()
         generator_optimizer.zero_grad()
         loss.backward()
         generator_optimizer.step()
@@ -72,22 +72,22 @@ def train(method: str, seed: int, steps: int) -> list[float]:
 
 
 def step_times(rounds: int) -> dict[str, float]:
-    """Milliseconds of a critic step without its optimizer, medians; the methods take turns."""
+    """Median milliseconds of a critic step without its optimizer; rounds of the methods are interleaved."""
     real, fake = torch.randn(2, LARGE_BATCH, 1, 8, 8)
     critics = {method: make_critic() for method in METHODS}
     times: dict[str, list[float]] = {method: [] for method in METHODS}
-    for turn in range(-2, rounds):  # two to warm up
+    for round_number in range(-2, rounds):  # two warm-up rounds
         for method, critic in critics.items():
             critic.zero_grad()
             start = time.perf_counter()
             critic_loss(critic, real, fake, method)[0].backward()
-            if turn >= 0:
+            if round_number >= 0:
                 times[method].append(1000 * (time.perf_counter() - start))
-    return {method: statistics.median(series) for method, series in times.items()}
+    return {method: statistics.median(milliseconds) for method, milliseconds in times.items()}
 
 
 def step_memory(method: str) -> float:
-    """Peak MB of a critic step, in this process."""
+    """Peak memory of a critic step in this process, in MB."""
     torch.set_num_threads(1)
     real, fake = torch.randn(2, LARGE_BATCH, 1, 8, 8)
     critic = make_critic()
@@ -104,38 +104,40 @@ def step_memory(method: str) -> float:
 
 def measure_costs(rounds: int) -> dict[str, dict[str, float]]:
     times = step_times(rounds)
-    os.environ.update(memory.ENVIRONMENT)  # for the processes below
+    os.environ.update(memory.ENVIRONMENT)  # for the worker processes
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         peaks = dict(zip(METHODS, pool.map(step_memory, METHODS), strict=True))
     return {method: {"milliseconds": times[method], "peak_mb": peaks[method]} for method in METHODS}
 
 
-def distances(curves: dict[tuple[str, int], list[float]], window: slice) -> tuple[dict[str, list[float]], list[float]]:
-    """Mean distance from double backward's curve under the same seed; and between its curves of any two seeds.
+def curve_distances(
+    curves: dict[tuple[str, int], list[float]], window: slice
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Mean distance of each method's curve from that of double_backward with the same seed, and between seeds.
 
-    Both relative to the mean of the curves.
+    The latter compares the double_backward curves of every two seeds. Both are relative to the mean of the curves.
     """
-    cut = {key: np.array(curve)[window] for key, curve in curves.items()}
+    parts = {key: np.array(curve)[window] for key, curve in curves.items()}
     seeds = sorted({seed for _, seed in curves})
-    scale = np.mean([np.abs(curve).mean() for curve in cut.values()])
+    scale = np.mean([np.abs(curve).mean() for curve in parts.values()])
     between_methods = {
-        method: [float(np.abs(cut[method, seed] - cut[METHODS[0], seed]).mean() / scale) for seed in seeds]
+        method: [float(np.abs(parts[method, seed] - parts[METHODS[0], seed]).mean() / scale) for seed in seeds]
         for method in METHODS[1:]
     }
     between_seeds = [
-        float(np.abs(cut[METHODS[0], a] - cut[METHODS[0], b]).mean() / scale) for a in seeds for b in seeds if a < b
+        float(np.abs(parts[METHODS[0], a] - parts[METHODS[0], b]).mean() / scale) for a in seeds for b in seeds if a < b
     ]
     return between_methods, between_seeds
 
 
 def summarise(curves: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]]:
-    """Early, before differences had steps to grow in, and over the whole training."""
+    """Distances over the first tenth of the steps, where differences have hardly grown, and over all steps."""
     length = len(next(iter(curves.values())))
     windows = {"first tenth": slice(length // 10), "all": slice(length)}
     results = []
-    for window, cut in windows.items():
-        between_methods, between_seeds = distances(curves, cut)
+    for window, part in windows.items():
+        between_methods, between_seeds = curve_distances(curves, part)
         for method, distance in between_methods.items():
             results.append({"method": method, "window": window, "distance": distance})
         results.append({"method": "another seed", "window": window, "distance": between_seeds})
@@ -143,7 +145,7 @@ def summarise(curves: dict[tuple[str, int], list[float]]) -> list[dict[str, Any]
 
 
 def table(results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> str:
-    """Markdown; what docs/figures.md shows. No distance between seeds where there was one seed."""
+    """The Markdown table shown in docs/figures.md. With one seed, the distance between seeds is left empty."""
     rows = [
         "| method | distance of the curve, first tenth of the steps | all steps | ms a step | peak MB |",
         "|---|---|---|---|---|",
@@ -153,14 +155,14 @@ def table(results: list[dict[str, Any]], costs: dict[str, dict[str, float]]) -> 
         for window in ("first tenth", "all"):
             distance = [r["distance"] for r in results if (r["method"], r["window"]) == (method, window)]
             percent = [100 * value for values in distance for value in values]
-            cells.append(over_seeds(percent) + " %" if percent else "")
+            cells.append(median_and_range(percent) + " %" if percent else "")
         cost = costs.get(method)
         cells += [f"{cost['milliseconds']:.1f}", f"{cost['peak_mb']:.0f}"] if cost else ["", ""]
         rows.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def draw(path: Path, curves: dict[tuple[str, int], list[float]], costs: dict[str, dict[str, float]]) -> None:
+def plot(path: Path, curves: dict[tuple[str, int], list[float]], costs: dict[str, dict[str, float]]) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     lines, times, peaks = figure.subplots(1, 3, width_ratios=[3, 1, 1])
     styles: tuple[dict[str, Any], ...] = (
@@ -187,15 +189,15 @@ def draw(path: Path, curves: dict[tuple[str, int], list[float]], costs: dict[str
 
 
 def main() -> None:
-    args = parse_arguments("The same training by three methods.", "10 steps, one seed")
+    args = parse_arguments("The same training with the three methods.", "10 steps, one seed")
     steps = 10 if args.quick else 200
     runs = [(method, seed) for method in METHODS for seed in args.seeds]
     curves = {(method, seed): train(method, seed, steps) for method, seed in progress(runs, "GANs")}
     costs = measure_costs(rounds=3 if args.quick else 30)
     results = summarise(curves)
-    draw(args.out / "methods_compared.png", curves, costs)
+    plot(args.out / "methods_compared.png", curves, costs)
     settings = {"steps": steps, "seeds": args.seeds, "quick": args.quick, "batch": BATCH, "large_batch": LARGE_BATCH}
-    save(args.out / "methods_compared.json", {"settings": settings, "results": results, "costs": costs})
+    save_json(args.out / "methods_compared.json", {"settings": settings, "results": results, "costs": costs})
     print(table(results, costs))
     print(f"\nSee methods_compared.png and methods_compared.json in {args.out}/")
 

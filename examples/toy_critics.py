@@ -1,7 +1,7 @@
-"""What the programs on points in a plane share: three distributions, a critic, and its training by penalty or clipping.
+"""Shared by the programs on 2-D data: three distributions, a critic, and its training by penalty or weight clipping.
 
-The set-up is that of "Improved Training of Wasserstein GANs" (Gulrajani et al., 2017): the generator is fixed, real
-samples plus Gaussian noise of unit variance, so that nothing is left to learn but the critic.
+The set-up is that of "Improved Training of Wasserstein GANs" (Gulrajani et al., 2017): the generator is fixed (real
+samples plus Gaussian noise of unit variance), and only the critic is trained.
 """
 
 import math
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fused_gp import fused_gradient_penalty
 
-Sampler = Callable[[int], Tensor]  # a number of points to (number, 2)
-Pairs = Callable[[], tuple[Tensor, Tensor]]  # real and fake samples, anew at each call
+Sampler = Callable[[int], Tensor]  # number of points -> (number, 2)
+PairSampler = Callable[[], tuple[Tensor, Tensor]]  # a new batch of real and fake samples at each call
 
 
 def eight_gaussians(count: int) -> Tensor:
@@ -43,12 +43,12 @@ DATA: dict[str, Sampler] = {
 
 
 def add_noise(real: Tensor) -> Tensor:
-    """The fixed generator."""
+    """The fixed generator: real samples plus Gaussian noise of unit variance."""
     return real + torch.randn_like(real)
 
 
 def make_critic(hidden_layers: int, width: int) -> nn.Sequential:
-    """ReLU, with He's initialisation of the weights, and PyTorch's of the biases, which spreads the kinks."""
+    """ReLU MLP with He initialisation of the weights. Biases keep PyTorch's initialisation, which spreads the kinks."""
     widths = [2, *[width] * hidden_layers, 1]
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
@@ -68,13 +68,13 @@ def critic_loss(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     return critic(fake).mean() - critic(real).mean()
 
 
-def train_by_clipping(critic: nn.Module, sample: Pairs, steps: int, bound: float) -> list[float]:
-    """The critic's losses. RMSprop at 5e-5, as in the WGAN paper."""
+def train_by_clipping(critic: nn.Module, sample_pair: PairSampler, steps: int, bound: float) -> list[float]:
+    """Returns the critic loss of each step. RMSprop at 5e-5, as in the WGAN paper."""
     optimizer = torch.optim.RMSprop(critic.parameters(), 5e-5)
     clip_weights(critic, bound)
     losses = []
     for _ in range(steps):
-        loss = critic_loss(critic, *sample())
+        loss = critic_loss(critic, *sample_pair())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -84,20 +84,25 @@ def train_by_clipping(critic: nn.Module, sample: Pairs, steps: int, bound: float
 
 
 def train_by_penalty(
-    critic: nn.Module, sample: Pairs, steps: int, learning_rate: float, weights: Callable[[float], float]
+    critic: nn.Module,
+    sample_pair: PairSampler,
+    steps: int,
+    learning_rate: float,
+    penalty_weight: Callable[[float], float],
 ) -> list[float]:
-    """The critic's losses without the penalty, whose weight goes with the share of the steps that are done.
+    """Returns the critic loss of each step, without the penalty.
 
-    Adam, at a rate that falls to 0, so that the critic comes to rest.
+    `penalty_weight` maps the fraction of steps done to the weight. Adam, with a learning rate that decays to 0, so that
+    the critic converges.
     """
     optimizer = torch.optim.Adam(critic.parameters(), learning_rate, (0.5, 0.9))
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     losses = []
     for step in range(steps):
-        real, fake = sample()
+        real, fake = sample_pair()
         loss = critic_loss(critic, real, fake)
         losses.append(loss.item())
-        loss = loss + fused_gradient_penalty(critic, real, fake, weight=weights(step / steps))
+        loss = loss + fused_gradient_penalty(critic, real, fake, weight=penalty_weight(step / steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,7 +117,7 @@ def gradient_norms(critic: nn.Module, points: Tensor) -> Tensor:
 
 
 def optimal_coupling(real: Tensor, fake: Tensor) -> tuple[Tensor, float]:
-    """Which fake sample each real one is moved to by the exact optimal transport, and the mean distance moved."""
+    """The index of the fake sample coupled with each real one by exact optimal transport, and the mean distance."""
     costs = torch.cdist(real.double(), fake.double()).numpy()
     rows, columns = linear_sum_assignment(costs)
     return torch.from_numpy(columns), float(np.mean(costs[rows, columns]))

@@ -1,12 +1,12 @@
-"""What a critic sees: its values over the plane, trained by weight clipping and by gradient penalty.
+"""Value surfaces of critics on 2-D data, trained by weight clipping and by gradient penalty.
 
     python examples/value_surfaces.py            a picture and a JSON in out/
 
-Figure 1 of "Improved Training of Wasserstein GANs": the generator is fixed, real samples plus Gaussian noise of unit
-variance, and the critic is trained until its loss no longer changes. Under clipping it uses little of its capacity, and
-its level sets are plain; under the penalty they follow the data. Two numbers hold that: how often a real sample is
-valued above a point at some distance from it, and how near the critic's estimate comes to the exact Wasserstein
-distance.
+Figure 1 of "Improved Training of Wasserstein GANs": the generator is fixed (real samples plus Gaussian noise of unit
+variance), and the critic is trained until its loss no longer changes. With clipping, the critic uses little of its
+capacity, and its level sets are simple; with the penalty, they follow the data. Two numbers measure this: how often the
+critic's value is higher at a real sample than at a point at some distance from it, and how close the critic's estimate
+is to the exact Wasserstein distance.
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from report import COLORS, over_seeds, parse_arguments, progress, save, save_picture
+from report import COLORS, median_and_range, parse_arguments, progress, save_json, save_picture
 from toy_critics import (
     DATA,
     add_noise,
@@ -29,94 +29,95 @@ from toy_critics import (
     train_by_penalty,
 )
 
-CLIPPING, PENALTY, HEAVY = "clipping", "penalty", "penalty, 10 throughout"
+CLIPPING, PENALTY, CONSTANT_WEIGHT = "clipping", "penalty", "penalty, 10 throughout"
 BATCH = 64
 WIDTH = 512
-BOUND = 0.01
-LEARNING_RATE = 1e-3  # of the penalty; clipping has that of its paper
-AWAY = 0.35  # half of the way from one of the 25 Gaussians to the next
-LOOKED_AT = 4000
-# Under a weight of 10 from the start a critic is slow to leave the plain cone that it finds first: 25 modes take many
-# more steps than there are here, as the last of these shows. Under 1 it is quick, but its norms end above 1.
-CRITICS = [(name, method) for name in DATA for method in (CLIPPING, PENALTY)] + [("25 Gaussians", HEAVY)]
+CLIP_BOUND = 0.01
+LEARNING_RATE = 1e-3  # with the penalty; clipping uses that of the WGAN paper
+NEIGHBOUR_DISTANCE = 0.35  # half the distance between adjacent modes of the 25 Gaussians
+EVALUATION_SAMPLES = 4000
+# With a penalty weight of 10 from the start, a critic is slow to leave the single cone that it learns first: 25 modes
+# take many more steps than are run here, as the last case shows. With a weight of 1 it is fast, but its gradient norms
+# end above 1. Hence the schedule in `penalty_weight`.
+CASES = [(name, method) for name in DATA for method in (CLIPPING, PENALTY)] + [("25 Gaussians", CONSTANT_WEIGHT)]
 GRID = torch.linspace(-2.5, 2.5, 101)
 
 
 def exact_distance(name: str, draws: int, count: int) -> float:
-    """Mean over some draws of so many samples, each coupled exactly."""
+    """The exact Wasserstein distance between `count` real and `count` fake samples, mean over `draws` draws."""
     distances = [optimal_coupling(DATA[name](count), add_noise(DATA[name](count)))[1] for _ in range(draws)]
     return float(np.mean(distances))
 
 
-def penalty_weight(done: float) -> float:
-    return 1.0 if done < 0.6 else 10.0
+def penalty_weight(fraction_of_steps: float) -> float:
+    return 1.0 if fraction_of_steps < 0.6 else 10.0
 
 
 @torch.no_grad()
-def estimate(critic: nn.Module, real: Tensor, fake: Tensor) -> float:
+def wasserstein_estimate(critic: nn.Module, real: Tensor, fake: Tensor) -> float:
     return (critic(real).mean() - critic(fake).mean()).item()
 
 
 def above_surroundings(critic: nn.Module, real: Tensor) -> float:
-    """How often a real sample's value is above that of a point AWAY from it. One half is chance."""
+    """How often the value at a real sample is above that at a point NEIGHBOUR_DISTANCE from it. Chance: 0.5."""
     angle = 2 * math.pi * torch.rand(len(real))
-    around = real + AWAY * torch.stack((angle.cos(), angle.sin()), 1)
+    neighbours = real + NEIGHBOUR_DISTANCE * torch.stack((angle.cos(), angle.sin()), 1)
     with torch.no_grad():
-        return (critic(real) > critic(around)).double().mean().item()
+        return (critic(real) > critic(neighbours)).double().mean().item()
 
 
 def run(name: str, method: str, seed: int, steps: int) -> tuple[dict[str, Any], Tensor]:
-    """Numbers, and values on the grid."""
+    """Trains one critic. Returns its results and its values on the grid."""
     torch.manual_seed(seed)
     data = DATA[name]
     critic = make_critic(hidden_layers=3, width=WIDTH)
 
-    def sample() -> tuple[Tensor, Tensor]:
+    def sample_pair() -> tuple[Tensor, Tensor]:
         real = data(BATCH)
         return real, add_noise(real)
 
     if method == CLIPPING:
-        losses = train_by_clipping(critic, sample, steps, BOUND)
+        losses = train_by_clipping(critic, sample_pair, steps, CLIP_BOUND)
     else:
-        weights = penalty_weight if method == PENALTY else lambda _: 10.0
-        losses = train_by_penalty(critic, sample, steps, LEARNING_RATE, weights)
-    real, fake = data(LOOKED_AT), add_noise(data(LOOKED_AT))
-    between = fake + torch.rand(LOOKED_AT, 1) * (real - fake)
-    raw = estimate(critic, real, fake)
-    largest = gradient_norms(critic, torch.cat((real, fake, between))).max().item()
-    numbers = {
+        weight = penalty_weight if method == PENALTY else lambda _: 10.0
+        losses = train_by_penalty(critic, sample_pair, steps, LEARNING_RATE, weight)
+    real, fake = data(EVALUATION_SAMPLES), add_noise(data(EVALUATION_SAMPLES))
+    between = fake + torch.rand(EVALUATION_SAMPLES, 1) * (real - fake)
+    estimate = wasserstein_estimate(critic, real, fake)
+    largest_norm = gradient_norms(critic, torch.cat((real, fake, between))).max().item()
+    result = {
         "data": name,
         "method": method,
         "seed": seed,
-        "estimate": raw,
+        "estimate": estimate,
         "mean_norm_between": gradient_norms(critic, between).mean().item(),
-        "largest_norm": largest,
-        "estimate_by_largest_norm": raw / largest,  # what a critic of Lipschitz constant 1 would say
+        "largest_norm": largest_norm,
+        "estimate_by_largest_norm": estimate / largest_norm,  # the critic rescaled to Lipschitz constant 1
         "above_surroundings": above_surroundings(critic, real),
-        # Means over ten stretches of the training: how it converged.
-        "critic_loss": [float(np.mean(stretch)) for stretch in np.array_split(losses, 10)],
+        # Means over ten consecutive parts of the training, to check convergence.
+        "critic_loss": [float(np.mean(part)) for part in np.array_split(losses, 10)],
     }
     with torch.no_grad():
         values = critic(torch.cartesian_prod(GRID, GRID)).reshape(len(GRID), len(GRID)).T
-    return numbers, values
+    return result, values
 
 
 def table(results: list[dict[str, Any]], exact: dict[str, float]) -> str:
-    """Markdown; what docs/figures.md shows."""
+    """The Markdown table shown in docs/figures.md."""
     rows = [
         "| data | exact distance | method | estimate | divided by the largest norm | above the surroundings |",
         "|---|---|---|---|---|---|",
     ]
-    for name, method in CRITICS:
-        of_all_seeds = [row for row in results if (row["data"], row["method"]) == (name, method)]
+    for name, method in CASES:
+        seed_rows = [row for row in results if (row["data"], row["method"]) == (name, method)]
         columns = ("estimate", "estimate_by_largest_norm", "above_surroundings")
-        cells = " | ".join(over_seeds([row[column] for row in of_all_seeds]) for column in columns)
+        cells = " | ".join(median_and_range([row[column] for row in seed_rows]) for column in columns)
         rows.append(f"| {name} | {exact[name]:.2f} | {method} | {cells} |")
     return "\n".join(rows)
 
 
-def draw(path: Path, surfaces: dict[tuple[str, str], Tensor]) -> None:
-    """Of the first seed."""
+def plot(path: Path, surfaces: dict[tuple[str, str], Tensor]) -> None:
+    """Level sets of the first seed's critics."""
     figure = Figure(figsize=(9, 6.2), layout="constrained")
     panels = figure.subplots(2, len(DATA), sharex=True, sharey=True)
     for row, method in zip(panels, (CLIPPING, PENALTY), strict=True):
@@ -132,20 +133,29 @@ def draw(path: Path, surfaces: dict[tuple[str, str], Tensor]) -> None:
 
 
 def main() -> None:
-    args = parse_arguments("Value surfaces of critics by clipping and by penalty.", "30 steps, one seed")
+    args = parse_arguments(
+        "Value surfaces of critics trained by weight clipping and by gradient penalty.", "30 steps, one seed"
+    )
     steps, draws, count = (30, 1, 500) if args.quick else (2000, 5, 2000)
     torch.manual_seed(args.seeds[0])
     exact = {name: exact_distance(name, draws, count) for name in DATA}
     results: list[dict[str, Any]] = []
     surfaces: dict[tuple[str, str], Tensor] = {}
-    runs = [(name, method, seed) for seed in args.seeds for name, method in CRITICS]
+    runs = [(name, method, seed) for seed in args.seeds for name, method in CASES]
     for name, method, seed in progress(runs, "critics"):
-        numbers, values = run(name, method, seed, steps)
-        results.append(numbers)
+        result, values = run(name, method, seed, steps)
+        results.append(result)
         surfaces.setdefault((name, method), values)
-    draw(args.out / "value_surfaces.png", surfaces)
-    settings = {"steps": steps, "seeds": args.seeds, "quick": args.quick, "batch": BATCH, "width": WIDTH, "away": AWAY}
-    save(args.out / "value_surfaces.json", {"settings": settings, "exact": exact, "results": results})
+    plot(args.out / "value_surfaces.png", surfaces)
+    settings = {
+        "steps": steps,
+        "seeds": args.seeds,
+        "quick": args.quick,
+        "batch": BATCH,
+        "width": WIDTH,
+        "away": NEIGHBOUR_DISTANCE,
+    }
+    save_json(args.out / "value_surfaces.json", {"settings": settings, "exact": exact, "results": results})
     print(table(results, exact))
     print(f"\nSee value_surfaces.png and value_surfaces.json in {args.out}/")
 

@@ -133,7 +133,7 @@ def test_clipped_weights_are_at_the_bounds():
             assert row["share_at_the_bounds"] > 0.05
 
 
-@pytest.mark.parametrize("penalty", unit_gradient_norm.SIDES)
+@pytest.mark.parametrize("penalty", unit_gradient_norm.PENALTIES)
 def test_norms_are_one_after_training(penalty):
     full = numbers("unit_gradient_norm")
     results = rows_of(full["results"], penalty=penalty)
@@ -148,12 +148,14 @@ def test_norms_are_one_after_training(penalty):
 def test_norms_are_where_the_penalty_and_the_distance_balance():
     """Not at 1 + W / 20: the penalty's lines are those between any two samples."""
     torch.manual_seed(0)
-    length = (unit_gradient_norm.eight_gaussians(10_000) - unit_gradient_norm.middle(10_000)).norm(dim=1).mean().item()
+    length = (
+        (unit_gradient_norm.eight_gaussians(10_000) - unit_gradient_norm.one_gaussian(10_000)).norm(dim=1).mean().item()
+    )
     full = numbers("unit_gradient_norm")
     for row in rows_of(full["results"], step=full["settings"]["steps"]):
         assert row["median_norm"] == pytest.approx(1 + length / 20, abs=0.004)
         assert row["median_norm"] > 1 + row["wasserstein_exact"] / 20 + 0.008
-    assert f"L = {length:.2f} in the mean" in page_text()
+    assert f"L = {length:.2f} on average" in page_text()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -228,7 +230,7 @@ def test_short_deep_critics():
 
 def test_short_unit_gradient_norm():
     results = unit_gradient_norm.run(0, steps=100)
-    for penalty in unit_gradient_norm.SIDES:
+    for penalty in unit_gradient_norm.PENALTIES:
         (before,) = rows_of(results, penalty=penalty, step=0)
         (after,) = rows_of(results, penalty=penalty, step=100)
         assert before["share_within_a_tenth_of_1"] < 0.25
@@ -238,16 +240,16 @@ def test_short_unit_gradient_norm():
 
 @pytest.fixture(scope="module")
 def judge(one_thread):
-    return digits_ablation.Judge(0)
+    return digits_ablation.SampleQuality(0)
 
 
 def test_digits_judge(judge):
     """Knows noise from digits, and one digit from ten."""
-    best = judge.best()
+    best = judge.of_real_digits()
     noise = 2 * torch.rand(500, 64).double().numpy() - 1
     assert best["score"] > 2 * judge.score(noise)
     assert best["frechet_distance"] < 0.1 * judge.frechet(noise)
-    assert judge.score(judge.known[:1].repeat(500, 0)) == pytest.approx(1)
+    assert judge.score(judge.training[:1].repeat(500, 0)) == pytest.approx(1)
     assert judge.frechet(judge.held_out) == pytest.approx(0, abs=1e-2)
 
 

@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks import memory
 
 METHODS = ("double_backward", "compiled", "directional")
-LARGE_BATCH = 1024  # for time and memory; at batch 64, Python's own share dominates both
+LARGE_BATCH = 1024  # for time and memory; at batch 64, much of both is not the penalty's
 
 
 def make_critic() -> nn.Module:

@@ -152,6 +152,5 @@ def _profile_of_module(module: Module) -> CriticProfile:
     profile = None if known is None else known.get(None)
     if profile is None:
         profile = CriticProfile([module])
-        profile.watched = any(map(is_compiled, module.modules()))  # a hook would be compiled with it, or not be called
         _profiles.setdefault(module, Bounded())[None] = profile
     return profile

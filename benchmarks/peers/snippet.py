@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .peer import Peer
+from .implementation import Implementation
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
@@ -29,5 +29,5 @@ def penalty_at(critic: Callable[[Tensor], Tensor], x_hat: Tensor) -> Tensor:
     return norm_penalty(gradients)
 
 
-def peer() -> Peer:
-    return Peer(gradient_penalty, interpolate, norm_penalty)
+def peer() -> Implementation:
+    return Implementation(gradient_penalty, interpolate, norm_penalty)

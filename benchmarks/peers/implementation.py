@@ -1,4 +1,4 @@
-"""The functions that a contestant has to offer."""
+"""The functions that an implementation has to offer."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,8 +10,9 @@ class Absent(Exception):
     """The peer cannot run on this machine; the message says why."""
 
 
-class Peer(NamedTuple):
+class Implementation(NamedTuple):
     gradient_penalty: Callable[..., Tensor]
     interpolate: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     norm_penalty: Callable[[Tensor], Tensor] | None = None
     groups: bool = False  # gradient_penalty takes group_size; the others are given the rows of a group as one
+    first_order: bool = False  # differentiates the critic once only

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from benchmarks import results
 from benchmarks.names import COMPILED, COMPILED_CALL, TWO_OPS, is_ours, is_peer
 from benchmarks.report import terminal
-from benchmarks.report.case_rows import Row, interval, milliseconds, shape
+from benchmarks.report.case_rows import Measured, Row, interval, milliseconds, shape
 from benchmarks.report.tables import Table
 
 LEAST = 0.05
@@ -26,15 +26,15 @@ LEAST = 0.05
 class Change(NamedTuple):
     row: Row
     what: str
-    before: list[float]
-    after: list[float]
+    before: Measured
+    after: Measured
 
     @property
     def better(self) -> bool:
         """For us. In the ratios of ours, and of our two ops, these are above the line: the less the better."""
         name = self.row["implementation"]
         above = is_ours(name) or name == TWO_OPS
-        return (self.after[0] > self.before[0]) == (bool(_base(self.what)) and not above)
+        return (_bounds(self.after)[0] > _bounds(self.before)[0]) == (bool(_base(self.what)) and not above)
 
     @property
     def decides(self) -> bool:
@@ -43,10 +43,16 @@ class Change(NamedTuple):
         return is_ours(name) if not base else is_peer(name) or (is_ours(name) and is_peer(base))
 
 
-def apart(before: list[float], after: list[float]) -> bool:
-    """Intervals (value, low, high) that do not overlap, around values that differ by more than LEAST."""
-    separate = before[2] < after[1] or after[2] < before[1]
-    return separate and abs(after[0] - before[0]) > LEAST * before[0]
+def apart(before: Measured, after: Measured) -> bool:
+    """Intervals that do not overlap, around values that differ by more than LEAST."""
+    (value, low, high), (value_after, low_after, high_after) = _bounds(before), _bounds(after)
+    return (high < low_after or high_after < low) and abs(value_after - value) > LEAST * value
+
+
+def _bounds(found: Measured) -> tuple[float, float, float]:
+    """Value, low, high; what has no interval is its own."""
+    value, low, high = found if isinstance(found, list) else [found] * 3
+    return value, low, high
 
 
 def changes(first: list[Row], second: list[Row]) -> Iterator[Change]:
@@ -55,14 +61,9 @@ def changes(first: list[Row], second: list[Row]) -> Iterator[Change]:
         old = known.get(_key(row))
         if old is None:
             continue
-        for what in row:
-            if what not in old or not _compared(what, row, old):
-                continue
-            before, after = (
-                [found, found, found] if isinstance(found, float) else found for found in (old[what], row[what])
-            )
-            if apart(before, after):
-                yield Change(row, what, before, after)
+        for what, after in row.items():
+            if what in old and _compared(what, row, old) and apart(old[what], after):
+                yield Change(row, what, old[what], after)
 
 
 def _compared(what: str, row: Row, old: Row) -> bool:
@@ -88,27 +89,38 @@ def _key(row: Row) -> tuple[Any, ...]:
     return *_case(row), row["implementation"]
 
 
-def _timed(rows: list[Row]) -> set[str]:
-    return {
-        f"{row['implementation']} at {row['suite']}, {row['case']} {row['shape']} {row['dtype']} on {row['device']}"
-        for row in rows
-        if "ms" in row
-    }
-
-
-def table(found: list[Change], first: list[Row], second: list[Row]) -> Table:
-    rows = []
+def table(found: list[Change], rows: int) -> Table:
+    """Of the changes, among so many rows."""
+    cells = []
     for change in found:
-        show = interval if _base(change.what) else lambda values: milliseconds(values[0])
-        case = f"{change.row['case']} {shape(tuple(change.row['shape']))} {change.row['dtype']}"
+        show = interval if _base(change.what) else lambda peak: milliseconds(_bounds(peak)[0])
         what = f"{change.row['implementation']}: {change.what}"
-        rows.append([case, what, show(change.before), show(change.after), "better" if change.better else "worse"])
-    note = f"{len(found)} changes in {len(second)} rows."
+        sign = "better" if change.better else "worse"
+        cells.append([_label(change.row), what, show(change.before), show(change.after), sign])
+    note = f"{len(found)} changes in {rows} rows."
+    return Table("Changes beyond noise", note, ["case", "what", "before", "after", ""], cells)
+
+
+def alone(first: list[Row], second: list[Row]) -> Table:
+    """The cases of one run that the other has not; and of those of both, what is timed in one alone: it is absent from
+    the other, or wrong there.
+    """
+    cells = []
     for name, some, others in (("A", first, second), ("B", second, first)):
-        alone = sorted(_timed(some) - _timed(others))  # absent from the other, or wrong there
-        if alone:
-            note += f" Timed in {name} only: {', '.join(alone)}."
-    return Table("Changes beyond noise", note, ["case", "what", "before", "after", ""], rows)
+        cases = {_case(row) for row in others}
+        timed = {_key(row) for row in others if "ms" in row}
+        for row in some:
+            if _case(row) not in cases:
+                cells.append([name, _label(row), ""])
+            elif "ms" in row and _key(row) not in timed:
+                cells.append([name, _label(row), row["implementation"]])
+    return Table(
+        "In one run alone", "", ["run", "case", "timed"], [list(cell) for cell in dict.fromkeys(map(tuple, cells))]
+    )
+
+
+def _label(row: Row) -> str:
+    return f"{row['suite']}: {row['case']} {shape(tuple(row['shape']))} {row['dtype']} on {row['device']}"
 
 
 def run(text: str) -> list[Row]:
@@ -133,5 +145,6 @@ def main(words: Sequence[str]) -> int:
     if not {_case(row) for row in first} & {_case(row) for row in second}:
         parser.error("the two runs share no case on the same kind of device")
     found = list(changes(first, second))
-    terminal.show([table(found, first, second)])
+    only = alone(first, second)
+    terminal.show([table(found, len(second)), *([only] if only.rows else [])])
     return int(any(change.decides and not change.better for change in found))

@@ -39,17 +39,19 @@ def _draw(table: Table) -> None:
     from rich.table import Table as RichTable
 
     console = Console(markup=False)  # '.[peers]' is no markup
-    console.width = max(console.width, min(WIDEST, _together(_words(table.headings, *table.rows))))
+    needed = _together(_words(table.headings, *table.rows, word=SHAPE))
+    console.width = max(console.width, min(WIDEST, needed))
     fitted = fit(table, console.width)
-    drawn = RichTable(
-        title=fitted.title, caption=fitted.note, title_justify="left", caption_justify="left",
-        box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), show_edge=False,
-    )  # fmt: skip
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, GAP - 1, 0, 0), show_edge=False)
     for heading, width in zip(fitted.headings, widths(fitted, console.width), strict=True):
         drawn.add_column(heading, overflow="fold", width=width)
     for row in fitted.rows:
         drawn.add_row(*row)
-    console.print(drawn, "")
+    console.print(fitted.title, style="italic")
+    console.print(drawn)
+    if fitted.note:
+        console.print(fitted.note, style="dim")
+    console.print()
 
 
 GAP = 2  # between columns

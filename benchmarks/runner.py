@@ -1,10 +1,7 @@
 """The one runner: check, time and measure cases, and write the rows as they come."""
 
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +17,10 @@ from benchmarks.timing import Timing
 Row = dict[str, Any]
 
 
-def run(cases: list[Case], device: str, budgets: dict[str, float], rounds: int | None, unfinished: Path) -> list[Row]:
+def run(cases: list[Case], device: str, budget: float, rounds: int | None, unfinished: Path) -> list[Row]:
     """The rows; those that are measured are in the file `unfinished` if the run breaks off.
 
-    `budgets` are the seconds of rounds for a case of each suite.
+    `budget` is the part of each case's budget that is used.
     """
     about = provenance.provenance(device)
     rows: list[Row] = []
@@ -31,7 +28,7 @@ def run(cases: list[Case], device: str, budgets: dict[str, float], rounds: int |
         _warm_compiler()
     copy_gb_s = copy_bandwidth(device) if any(case.bytes_moved() for case in cases) else None
     for case in progress.track([(case.key, case) for case in cases]):
-        rows += [row | about for row in measure(case, device, budgets[case.suite], rounds, copy_gb_s)]
+        rows += [row | about for row in measure(case, device, budget * case.budget, rounds, copy_gb_s)]
         results.save(unfinished, rows)
     for _ in add_peaks(rows, cases, device):
         results.save(unfinished, rows)
@@ -118,18 +115,3 @@ def _warm_compiler() -> None:
     """What the compiler does once in a process is not part of the first implementation's first call."""
     x = torch.ones(8, requires_grad=True)
     torch.compile(lambda x: x.sin().sum())(x).backward()
-
-
-@contextmanager
-def empty_compile_cache() -> Iterator[None]:
-    """Of torch.compile, so that a first call compiles in the run that says how long it took."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    former = os.environ.get(name)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[name] = folder
-        try:
-            yield
-        finally:
-            os.environ.pop(name)
-            if former is not None:
-                os.environ[name] = former

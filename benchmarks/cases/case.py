@@ -20,9 +20,8 @@ Make = Callable[[], Implementation]
 
 SEED = 1
 # Of values and gradients, relative to fp64 from the same rounded inputs, in the Euclidean norm. Peers round every
-# intermediate result of a half type; and on a GPU torch's default for convolutions in fp32 is TF32, of 10 bits.
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-TF32_TOLERANCE = 1e-2
+# intermediate result of a half type.
+HALF_TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 class Entry(NamedTuple):
@@ -35,7 +34,10 @@ class Entry(NamedTuple):
 @dataclass(frozen=True)
 class Case(ABC):
     suite: ClassVar[str]
+    budget: ClassVar[float]  # seconds of rounds
     bases: ClassVar[tuple[str, ...]] = (OURS, COMPILED)  # the implementations to whose times ratios are taken
+    # On a CPU; on a GPU, where torch's default for convolutions is TF32, of 10 bits.
+    fp32_tolerances: ClassVar[tuple[float, float]] = (2e-4, 1e-2)
 
     name: str
     shape: tuple[int, ...]
@@ -43,6 +45,7 @@ class Case(ABC):
     compiling: bool = True  # those implementations too that must be compiled
     memory: bool = False  # peak memory too
     timed: bool = True  # or peak memory alone
+    quick: bool = False  # one of --quick
     clock: Clock = time.perf_counter
 
     @property
@@ -86,7 +89,7 @@ class Case(ABC):
         return plain_autograd()
 
     def tolerance(self, device: str) -> float:
-        return TF32_TOLERANCE if device != "cpu" and self.dtype == torch.float32 else TOLERANCE[self.dtype]
+        return HALF_TOLERANCES.get(self.dtype, self.fp32_tolerances[device != "cpu"])
 
     @abstractmethod
     def enter(self, implementation: Implementation, inputs: Any) -> Entry:
@@ -115,15 +118,6 @@ class CallCase(Case):
 
     def all_implementations(self) -> dict[str, Make]:
         return {**implementations(*self.options), **peers_of_calls(len(self.shape))}
-
-
-class Suite(NamedTuple):
-    what: str  # it measures, for --help
-    cases: Callable[[str], list[Case]]  # of a device
-    quick: Callable[[Case], bool]  # whether it is one of --quick
-    budget: float  # seconds of rounds for a case
-    quick_budget: float
-    on_devices: bool = True  # or on the processor alone
 
 
 def seeded(step: Step) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""What the host pays for the two ops: processor time up to the launch, on a device that launches nothing.
+"""Processor time of the two ops up to the launch, on a GPU that is not there.
 
 On GPUs, batches of a GAN's size take less time to compute than to launch. Ours is timed up to the launch itself: every
 argument checked, every kernel chosen, its call recorded. The snippet's operations are dispatched to CPU tensors, too
@@ -16,7 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases.case import Case, Entry, Make, Step, Suite
+from benchmarks.cases import ops
+from benchmarks.cases.case import Case, Entry, Make, Step
 from benchmarks.cases.ours import ours
 from benchmarks.names import EMPTY_FUNCTIONS, OURS, SNIPPET
 from benchmarks.peers import PEERS, Implementation
@@ -25,35 +26,23 @@ from fused_gp import gradient_norm_penalty, interpolate
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {"sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 SHAPE = (2, 4)
+ONE = torch.ones(())
+Part = Callable[[Implementation, ops.Inputs], object]
 
 
-class Inputs(NamedTuple):
-    real: Tensor
-    fake: Tensor
-    attached: Tensor
-    alpha: Tensor
-    gradients: Tensor
-    cotangent: Tensor
-    launches: list[Any]
-
-
-def interpolation(by: Implementation, x: Inputs) -> object:
-    assert by.interpolate
+def interpolation(by: Implementation, x: ops.Inputs) -> object:
     return by.interpolate(x.real, x.fake, x.alpha)
 
 
-def interpolation_backward(by: Implementation, x: Inputs) -> object:
-    """Where fake is attached to a generator."""
-    assert by.interpolate
-    return torch.autograd.grad(by.interpolate(x.real, x.attached, x.alpha), x.attached, x.cotangent)
+def interpolation_backward(by: Implementation, x: ops.Inputs) -> object:
+    """Where fake has a graph, as behind a generator; here it is the gradients."""
+    return torch.autograd.grad(by.interpolate(x.real, x.gradients, x.alpha), x.gradients, x.cotangent)
 
 
-def penalty_backward(by: Implementation, x: Inputs) -> object:
-    assert by.norm_penalty
+def penalty_backward(by: Implementation, x: ops.Inputs) -> object:
     return torch.autograd.grad(by.norm_penalty(x.gradients), x.gradients, ONE)
 
 
-Part = Callable[[Implementation, Inputs], object]
 STEPS: dict[str, tuple[Part, ...]] = {
     "interpolation": (interpolation,),
     "interpolation and its backward": (interpolation_backward,),
@@ -61,15 +50,6 @@ STEPS: dict[str, tuple[Part, ...]] = {
     "both, as for a critic": (interpolation, penalty_backward),
     "both and both backwards": (interpolation_backward, penalty_backward),
 }
-ONE = torch.ones(())
-
-
-def through_triton() -> Implementation:
-    """Ours, as it would be on a device."""
-    return ours()()._replace(
-        interpolate=partial(interpolate, backend="triton"),
-        norm_penalty=partial(gradient_norm_penalty, backend="triton"),
-    )
 
 
 class EmptyFunction(torch.autograd.Function):
@@ -85,17 +65,23 @@ class EmptyFunction(torch.autograd.Function):
         return ctx.saved_tensors[0], None
 
 
-def empty_functions() -> Implementation:
-    return Implementation(
-        lambda *_: ONE,
-        lambda real, fake, alpha: EmptyFunction.apply(fake, real),
-        lambda gradients: EmptyFunction.apply(gradients, ONE),
+def through_triton() -> Implementation:
+    """Ours, as it is on a device."""
+    return ours()()._replace(
+        interpolate=partial(interpolate, backend="triton"),
+        norm_penalty=partial(gradient_norm_penalty, backend="triton"),
     )
+
+
+class Inputs(NamedTuple):
+    tensors: ops.Inputs
+    launches: list[Any]
 
 
 @dataclass(frozen=True)
 class HostCase(Case):
     suite: ClassVar[str] = "host"
+    budget: ClassVar[float] = 1.2
     bases: ClassVar[tuple[str, ...]] = (SNIPPET,)
     clock: Clock = time.process_time  # the time of other processes is not in it
     target: str = ""
@@ -115,44 +101,38 @@ class HostCase(Case):
         torch.set_num_threads(1)
         try:
             with null_device(GPUTarget(*TARGETS[self.target])) as launches:
-                yield self.inputs(device)._replace(launches=launches)
+                yield Inputs(self.inputs(device), launches)
         finally:
             torch.set_num_threads(threads)
 
-    def inputs(self, device: str) -> Inputs:
-        torch.manual_seed(0)
-        real, fake, gradients, cotangent = (torch.randn(self.shape) for _ in range(4))
-        alpha = torch.rand(self.shape[0], *[1] * (len(self.shape) - 1))
-        attached = fake.clone().requires_grad_()
-        return Inputs(real, fake, attached, alpha, gradients.requires_grad_(), cotangent, [])
+    def inputs(self, device: str) -> ops.Inputs:
+        tensors = ops.draw(self.shape)
+        return tensors._replace(gradients=tensors.gradients.requires_grad_())
 
     def enter(self, implementation: Implementation, inputs: Inputs) -> Entry:
         def step() -> list[Tensor]:
             inputs.launches.clear()  # what a device would have freed by now
             for part in self.parts:
-                part(implementation, inputs)
+                part(implementation, inputs.tensors)
             return []
 
         return Entry(step, step)
 
     def baselines(self, inputs: Inputs) -> dict[str, Step]:
-        return {EMPTY_FUNCTIONS: self.enter(empty_functions(), inputs).step}
+        empty = through_triton()._replace(
+            interpolate=lambda real, fake, alpha: EmptyFunction.apply(fake, real),
+            norm_penalty=lambda gradients: EmptyFunction.apply(gradients, ONE),
+        )
+        return {EMPTY_FUNCTIONS: self.enter(empty, inputs).step}
 
     def extra_columns(self, implementation: Implementation, inputs: Inputs, *_: Any) -> dict[str, Any]:
         return {"launches": len(inputs.launches)}
 
 
 def cases(device: str) -> list[Case]:
+    """Of the processor alone."""
     return [
-        HostCase(f"{target}: {name}", SHAPE, target=target, parts=parts)
-        for target in TARGETS
+        HostCase(f"{target}: {name}", SHAPE, target=target, parts=parts, quick=target == "sm_90")
+        for target in (TARGETS if device == "cpu" else ())
         for name, parts in STEPS.items()
     ]
-
-
-def quick(case: Case) -> bool:
-    return case.name.startswith("sm_90")
-
-
-WHAT = "processor time up to the launch, on a GPU that is not there"
-SUITE = Suite(WHAT, cases, quick, budget=1.2, quick_budget=0.3, on_devices=False)

@@ -9,17 +9,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import bytes_moved
-from benchmarks.cases.bytes_moved import (
-    INTERPOLATE,
-    INTERPOLATE_BACKWARD,
-    PENALTY,
-    PENALTY_BACKWARD,
-    PENALTY_DOUBLE_BACKWARD,
-    BytesMoved,
-    together,
-)
-from benchmarks.cases.case import TOLERANCE, Case, Entry, Make, Step, Suite
+from benchmarks.cases import bytes_moved as bytes_
+from benchmarks.cases.bytes_moved import BytesMoved, together
+from benchmarks.cases.case import Case, Entry, Make, Step
 from benchmarks.cases.ours import ours
 from benchmarks.names import BOTH, COMPILED_OPS, COPIES, OURS
 from benchmarks.peers import Implementation, peers_of_ops
@@ -38,13 +30,18 @@ class Inputs(NamedTuple):
     cotangent: Tensor
 
 
+def draw(shape: tuple[int, ...]) -> Inputs:
+    torch.manual_seed(0)
+    real, fake, gradients, cotangent = (torch.randn(shape) for _ in range(4))
+    gradients *= 2 / prod(shape[1:]) ** 0.5  # norms around 2: in fp16 the sum of larger squares is infinite
+    return Inputs(real, fake, torch.rand(shape[0], *[1] * (len(shape) - 1)), gradients, cotangent)
+
+
 def interpolation_forward(by: Implementation, x: Inputs) -> list[Tensor]:
-    assert by.interpolate
     return [by.interpolate(x.real, x.fake, x.alpha)]
 
 
 def interpolation_backward(by: Implementation, x: Inputs) -> list[Tensor]:
-    assert by.interpolate
     real, fake = x.real.detach().requires_grad_(), x.fake.detach().requires_grad_()
     x_hat = by.interpolate(real, fake, x.alpha)
     return [x_hat, *torch.autograd.grad(x_hat, (real, fake), x.cotangent)]
@@ -52,7 +49,6 @@ def interpolation_backward(by: Implementation, x: Inputs) -> list[Tensor]:
 
 def interpolation_double(by: Implementation, x: Inputs) -> list[Tensor]:
     """The backward is linear in its cotangent, and its own backward an interpolation again."""
-    assert by.interpolate
     real, fake, cotangent = (t.detach().requires_grad_() for t in (x.real, x.fake, x.cotangent))
     x_hat = by.interpolate(real, fake, x.alpha)
     grads = torch.autograd.grad(x_hat, (real, fake), cotangent, create_graph=True)
@@ -60,19 +56,16 @@ def interpolation_double(by: Implementation, x: Inputs) -> list[Tensor]:
 
 
 def penalty_forward(by: Implementation, x: Inputs) -> list[Tensor]:
-    assert by.norm_penalty
     return [by.norm_penalty(x.gradients)]
 
 
 def penalty_backward(by: Implementation, x: Inputs) -> list[Tensor]:
-    assert by.norm_penalty
     gradients = x.gradients.detach().requires_grad_()
     penalty = by.norm_penalty(gradients)
     return [penalty, *torch.autograd.grad(penalty, gradients)]
 
 
 def penalty_double(by: Implementation, x: Inputs) -> list[Tensor]:
-    assert by.norm_penalty
     gradients = x.gradients.detach().requires_grad_()
     penalty = by.norm_penalty(gradients)
     (grad,) = torch.autograd.grad(penalty, gradients, create_graph=True)
@@ -90,21 +83,27 @@ class Op(NamedTuple):
 
 
 OPS = {
-    BOTH: Op(both, together(INTERPOLATE, PENALTY, PENALTY_BACKWARD)),
-    "interpolation, forward": Op(interpolation_forward, INTERPOLATE),
-    "interpolation, forward and backward": Op(interpolation_backward, together(INTERPOLATE, INTERPOLATE_BACKWARD)),
-    "interpolation, double backward": Op(
-        interpolation_double, together(INTERPOLATE, INTERPOLATE_BACKWARD, INTERPOLATE)
+    BOTH: Op(both, together(bytes_.INTERPOLATE, bytes_.PENALTY, bytes_.PENALTY_BACKWARD)),
+    "interpolation, forward": Op(interpolation_forward, bytes_.INTERPOLATE),
+    "interpolation, forward and backward": Op(
+        interpolation_backward, together(bytes_.INTERPOLATE, bytes_.INTERPOLATE_BACKWARD)
     ),
-    "penalty, forward": Op(penalty_forward, PENALTY),
-    "penalty, forward and backward": Op(penalty_backward, together(PENALTY, PENALTY_BACKWARD)),
-    "penalty, double backward": Op(penalty_double, together(PENALTY, PENALTY_BACKWARD, PENALTY_DOUBLE_BACKWARD)),
+    "interpolation, double backward": Op(
+        interpolation_double, together(bytes_.INTERPOLATE, bytes_.INTERPOLATE_BACKWARD, bytes_.INTERPOLATE)
+    ),
+    "penalty, forward": Op(penalty_forward, bytes_.PENALTY),
+    "penalty, forward and backward": Op(penalty_backward, together(bytes_.PENALTY, bytes_.PENALTY_BACKWARD)),
+    "penalty, double backward": Op(
+        penalty_double, together(bytes_.PENALTY, bytes_.PENALTY_BACKWARD, bytes_.PENALTY_DOUBLE_BACKWARD)
+    ),
 }
 
 
 @dataclass(frozen=True)
 class OpCase(Case):
     suite: ClassVar[str] = "ops"
+    budget: ClassVar[float] = 1.2
+    fp32_tolerances: ClassVar[tuple[float, float]] = (2e-4, 2e-4)  # nothing is computed in TF32
 
     def all_implementations(self) -> dict[str, Make]:
         peers = peers_of_ops()
@@ -113,24 +112,17 @@ class OpCase(Case):
         return {OURS: ours(), **peers}
 
     def inputs(self, device: str) -> Inputs:
-        torch.manual_seed(0)
-        real, fake, gradients, cotangent = (torch.randn(self.shape) for _ in range(4))
-        gradients *= 2 / prod(self.shape[1:]) ** 0.5  # norms around 2: in fp16 the sum of larger squares is infinite
-        alpha = torch.rand(self.shape[0], *[1] * (len(self.shape) - 1))
-        return Inputs(*(t.to(device, self.dtype) for t in (real, fake, alpha, gradients, cotangent)))
+        return Inputs(*(t.to(device, self.dtype) for t in draw(self.shape)))
 
     def exact(self, inputs: Inputs) -> Inputs:
         return Inputs(*(t.double() for t in inputs))
-
-    def tolerance(self, device: str) -> float:
-        return TOLERANCE[self.dtype]  # nothing here is computed in TF32
 
     def enter(self, implementation: Implementation, inputs: Inputs) -> Entry:
         step = partial(OPS[self.name].step, implementation, inputs)
         return Entry(step, step)
 
     def baselines(self, inputs: Inputs) -> dict[str, Step]:
-        return {COPIES: bytes_moved.copies(inputs.real, OPS[self.name].moved)}
+        return {COPIES: bytes_.copies(inputs.real, OPS[self.name].moved)}
 
     def bytes_moved(self) -> int:
         return OPS[self.name].moved.total * prod(self.shape) * self.dtype.itemsize
@@ -140,14 +132,7 @@ def cases(device: str) -> list[Case]:
     """Sizes that are for devices only would take a CPU too long."""
     sizes = SIZES if device == "cpu" else [*SIZES, (256, *LARGE[1:])]
     return [
-        *(OpCase(BOTH, size, memory=size == LARGE) for size in sizes),
+        *(OpCase(BOTH, size, memory=size == LARGE, quick=size in (MNIST, FACES)) for size in sizes),
         *(OpCase(BOTH, size, dtype) for dtype in HALVES for size in (MNIST, FACES, LARGE)),
         *(OpCase(name, size) for name in OPS if name != BOTH for size in (MNIST, FACES, LARGE)),
     ]
-
-
-def quick(case: Case) -> bool:
-    return case.name == BOTH and case.shape in (MNIST, FACES) and case.dtype == torch.float32
-
-
-SUITE = Suite("the two ops by themselves", cases, quick, budget=1.2, quick_budget=1.0)

@@ -1,4 +1,4 @@
-"""The whole penalty: the call with a critic, and the backward to the critic's weights."""
+"""The whole penalty: the call with a critic, and its backward to the weights."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import critics, ops
-from benchmarks.cases.case import CallCase, Case, Entry, Step, Suite
+from benchmarks.cases.case import CallCase, Case, Entry, Step
 from benchmarks.cases.ops import HALVES, MNIST
 from benchmarks.cases.ours import ours
 from benchmarks.names import TWO_OPS
@@ -28,6 +28,7 @@ class Inputs(NamedTuple):
 @dataclass(frozen=True)
 class PenaltyCase(CallCase):
     suite: ClassVar[str] = "penalties"
+    budget: ClassVar[float] = 6.0
     critic: Callable[[], nn.Module] = nn.Identity
     group_size: int = 1
     attention: bool = False  # in the critic
@@ -87,8 +88,8 @@ def cases(device: str) -> list[Case]:
     vit_options = (*few, {"chunk_size": 1}, {"method": "directional"}, {"method": "directional", "chunk_size": 1})
     return [
         PenaltyCase("MLP", (256, 2), critic=partial(critics.mlp, 2)),
-        PenaltyCase("MLP", MNIST, critic=partial(critics.mlp, 784)),
-        PenaltyCase("packed table", (500, 100), critic=partial(critics.Packed, 100), group_size=10),
+        PenaltyCase("MLP", MNIST, critic=partial(critics.mlp, 784), quick=True),
+        PenaltyCase("packed table", (500, 100), critic=partial(critics.Packed, 100), group_size=10, quick=True),
         PenaltyCase("DCGAN", dcgan, critic=critics.dcgan, options=(*few, {"chunk_size": batch // 4}), memory=True),
         *(PenaltyCase("DCGAN", dcgan, dtype, critic=critics.dcgan) for dtype in (HALVES if large else ())),
         # Compiled it takes as long as under spectral normalisation, and on a CPU a minute before it runs.
@@ -98,10 +99,3 @@ def cases(device: str) -> list[Case]:
             "ViT", vit, critic=partial(critics.ViT, 128, 3, 8), attention=True, options=vit_options, memory=True
         ),
     ]
-
-
-def quick(case: Case) -> bool:
-    return (case.name, case.shape) in [("MLP", MNIST), ("packed table", (500, 100))]
-
-
-SUITE = Suite("the call with a critic, and its backward to the weights", cases, quick, budget=6.0, quick_budget=2.0)

@@ -1,65 +1,39 @@
-"""A penalty step of the systems people use (docs/systems.md): the call and its backward to the weights, against
-hand-written versions: the lines as their users write them, and a tidy version of them.
+"""The penalties of systems that people use (docs/systems.md), each against two hand-written versions.
 
-At two sizes: 64 points of a plane and a critic of two hidden layers, where time is what Python and small operations
-cost; 64 images of 3 x 64 x 64 and a critic of one layer of patches, where time is what memory costs.
+These are the lines as the system's users write them, and a tidy version of them. A step is the call and its backward
+to the weights, at two sizes: 64 points of a plane and a critic of two hidden layers, where time is what Python and
+small operations cost; 64 images of 3 x 64 x 64 and a critic of one layer of patches, where time is what memory costs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.case import Case, Make, Step, Suite
+from benchmarks import peers
+from benchmarks.cases import critics
+from benchmarks.cases.case import Case, Make, Step
 from benchmarks.cases.penalties import Inputs, PenaltyCase
 from benchmarks.names import OURS, TIDY, USUAL
 from benchmarks.peers import Implementation
 from fused_gp import dragan_penalty, fused_gradient_penalty, input_gradient_penalty, r1_penalty, r2_penalty
 
-BATCH = 64
 PAC = 8
-TINY, LARGE = (BATCH, 2), (BATCH, 3, 64, 64)
+TINY, LARGE = (64, 2), (64, 3, 64, 64)
+SCALER = torch.amp.GradScaler("cpu", init_scale=1024.0)
 
 Shape = tuple[int, ...]
-Penalty = Callable[..., Tensor]  # of (critic, real, fake)
+Penalty = Callable[..., Tensor]  # of (critic, real, fake); hand-written, and whether it is the tidy version
+
+# The critics.
 
 
-@dataclass(frozen=True)
-class SystemCase(PenaltyCase):
-    suite: ClassVar[str] = "systems"
-    bases: ClassVar[tuple[str, ...]] = (OURS,)
-
-    def inputs(self, device: str) -> Inputs:
-        """With twice the weights: with the first ones all norms are far below 1, where a one-sided penalty is zero."""
-        inputs = super().inputs(device)
-        with torch.no_grad():
-            for weight in inputs.critic.parameters():
-                weight.mul_(2)
-        return inputs
-
-    def all_implementations(self) -> dict[str, Make]:
-        return {name: partial(Implementation, penalty) for name, penalty in SYSTEMS[self.name].items()}
-
-    def tolerance(self, device: str) -> float:
-        return 1e-4 if device == "cpu" else super().tolerance(device)
-
-    def reference_implementation(self) -> Implementation:
-        return Implementation(SYSTEMS[self.name][USUAL])
-
-    def baselines(self, inputs: Inputs) -> dict[str, Step]:
-        return {}
-
-
-SYSTEMS: dict[str, dict[str, Penalty]] = {}
-CRITICS: dict[str, Callable[[Shape], nn.Module]] = {}
-
-
-def mlp(width: int, outputs: int = 1) -> nn.Sequential:
-    hidden = [nn.Linear(width, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2)]
+def mlp(outputs: int = 1) -> nn.Sequential:
+    hidden = [nn.Linear(2, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2)]
     return nn.Sequential(*hidden, nn.Linear(64, outputs))
 
 
@@ -68,16 +42,15 @@ def patches(outputs: int = 1) -> nn.Sequential:
 
 
 def one_score(shape: Shape) -> nn.Module:
-    return mlp(2) if shape == TINY else nn.Sequential(*patches(), nn.Flatten(), nn.Linear(64, 1))
+    return mlp() if shape == TINY else nn.Sequential(*patches(), nn.Flatten(), nn.Linear(64, 1))
 
 
-class Packed(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.layers = mlp(PAC * prod(shape[1:]))
+def nine_scores(shape: Shape) -> nn.Module:
+    return mlp(outputs=9) if shape == TINY else patches()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x.reshape(len(x) // PAC, -1))
+
+def packed_rows(shape: Shape) -> nn.Module:
+    return critics.Packed(prod(shape[1:]), PAC, width=64)
 
 
 class Several(nn.Module):
@@ -105,11 +78,28 @@ class Graph(nn.Module):
 # The pieces that hand-written penalties are made of: as usual, and tidy.
 
 
-def points(real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    alpha = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device).to(real.dtype)
-    if tidy:
-        return torch.lerp(real, fake, alpha).requires_grad_()
-    return (alpha * fake + (1 - alpha) * real).requires_grad_(True)
+INTERPOLATE = {False: peers.snippet.interpolate, True: peers.tidy.interpolate}
+
+
+def alpha_of(real: Tensor) -> Tensor:
+    return torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device).to(real.dtype)
+
+
+def between(real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
+    return INTERPOLATE[tidy](real, fake, alpha_of(real)).requires_grad_()
+
+
+def around_real(real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
+    noise = torch.rand(real.shape, device=real.device).to(real.dtype)
+    return between(real, real + 0.5 * real.std() * noise, tidy)
+
+
+def at_real(real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
+    return real.detach().requires_grad_()
+
+
+def at_a_copy(real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
+    return real.clone().requires_grad_()
 
 
 def gradient(scores: Tensor, x: Tensor, tidy: bool) -> Tensor:
@@ -127,168 +117,140 @@ def norm(gradients: Tensor, tidy: bool) -> Tensor:
     return torch.linalg.vector_norm(gradients, dim=1) if tidy else gradients.norm(2, dim=1)
 
 
-def mean_square(gradients: Tensor, weight: float, tidy: bool) -> Tensor:
+def root(gradients: Tensor, eps: float) -> Tensor:
+    return (gradients.square().sum(1) + eps).sqrt()
+
+
+def two_sided(gradients: Tensor, tidy: bool) -> Tensor:
+    return 10 * (norm(gradients, tidy) - 1).square().mean()
+
+
+def two_sided_and_norms(gradients: Tensor, tidy: bool) -> Tensor:
+    norms = norm(gradients, tidy)
+    norms.detach()  # returned, too
+    return 10 * (norms - 1).square().mean()
+
+
+def mean_square(weight: float, gradients: Tensor, tidy: bool) -> Tensor:
     if tidy:
         return gradients.square().sum() * (weight / len(gradients))
     return (gradients.square().sum(1) * weight).mean()
 
 
-def system(name: str, ours: Penalty, critic: Callable[[Shape], nn.Module] = one_score) -> Callable[[Penalty], Penalty]:
-    """Decorates the hand-written version, a function of (critic, real, fake, tidy)."""
+def lines(points: Callable[[Tensor, Tensor, bool], Tensor], value: Callable[[Tensor, bool], Tensor]) -> Penalty:
+    def penalty(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
+        x = points(real, fake, tidy)
+        return value(gradient(critic(x), x, tidy), tidy)
 
-    def add(lines: Penalty) -> Penalty:
-        SYSTEMS[name] = {OURS: ours, USUAL: partial(lines, tidy=False), TIDY: partial(lines, tidy=True)}
-        CRITICS[name] = critic
-        return lines
-
-    return add
+    return penalty
 
 
-@system("WGAN-GP, eps", lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, weight=10))
-def wgan_gp_eps(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    x = points(real, fake, tidy)
-    norms = (gradient(critic(x), x, tidy).square().sum(1) + 1e-12).sqrt()
-    return 10 * (norms - 1).square().mean()
+R1 = lines(at_real, partial(mean_square, 5))
 
 
-@system("Improved WGAN", lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, weight=10, eps=0.0))
-def improved_wgan(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    x = points(real, fake, tidy)
-    return 10 * (norm(gradient(critic(x), x, tidy), tidy) - 1).square().mean()
-
-
-@system(
-    "TF-GAN",
-    lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, target=2.0, weight=0.25, eps=1e-10),
-)
-def tf_gan(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    x = points(real, fake, tidy)
-    norms = (gradient(critic(x), x, tidy).square().sum(1) + 1e-10).sqrt()
-    return (norms / 2 - 1).square().mean()
-
-
-@system(
-    "WGAN-LP",
-    lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, one_sided=True, weight=10, eps=0.0),
-)
-def wgan_lp(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    x = points(real, fake, tidy)
-    return 10 * (norm(gradient(critic(x), x, tidy), tidy) - 1).relu().square().mean()
-
-
-@system("0-GP", lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, target=0.0, weight=10))
-def zero_gp(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    x = points(real, fake, tidy)
-    return mean_square(gradient(critic(x), x, tidy), 10, tidy)
-
-
-@system("DRAGAN", lambda critic, real, fake: dragan_penalty(critic, real, weight=10, eps=0.0))
-def dragan(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    noise = torch.rand(real.shape, device=real.device).to(real.dtype)
-    x = points(real, real + 0.5 * real.std() * noise, tidy)
-    return 10 * (norm(gradient(critic(x), x, tidy), tidy) - 1).square().mean()
-
-
-@system("StyleGAN R1", lambda critic, real, fake: r1_penalty(critic, real, weight=10.0))
-def r1(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    x = real.detach().requires_grad_()
-    return mean_square(gradient(critic(x), x, tidy), 5, tidy)
-
-
-@system(
-    "R3GAN",
-    lambda critic, real, fake: r1_penalty(critic, real, weight=10.0) + r2_penalty(critic, fake, weight=10.0),
-)
-def r3gan(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    return r1(critic, real, fake, tidy) + r1(critic, fake, real, tidy)
-
-
-def from_outputs(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    x = real.clone().requires_grad_()
-    return input_gradient_penalty(critic(x), x, weight=10, eps=0.0)
-
-
-@system("stylegan2-pytorch", from_outputs)
-def stylegan2_pytorch(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    x = real.clone().requires_grad_()
-    return 10 * (norm(gradient(critic(x), x, tidy), tidy) - 1).square().mean()
-
-
-SCALER = torch.amp.GradScaler("cpu", init_scale=1024.0)
-
-
-def several_scaled(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    x = real.clone().requires_grad_()
-    return input_gradient_penalty(critic(x), x, output_weights=(1.0, 0.5), grad_scale=SCALER, weight=10, eps=0.0)
-
-
-@system("GigaGAN, GradScaler", several_scaled, critic=Several)
-def gigagan(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
+def several_scaled(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
     x = real.clone().requires_grad_()
     outputs = [SCALER.scale(output) for output in critic(x)]
     ones = [torch.full_like(output, weight) for output, weight in zip(outputs, (1.0, 0.5), strict=True)]
     (gradients,) = torch.autograd.grad(outputs, x, ones, create_graph=True)
-    gradients = gradients.flatten(1) * (1 / SCALER.get_scale())
-    return 10 * (norm(gradients, tidy) - 1).square().mean()
+    return two_sided(gradients.flatten(1) * (1 / SCALER.get_scale()), tidy)
 
 
-@system(
-    "CTGAN",
-    lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, group_size=PAC, weight=10, eps=0.0),
-    critic=Packed,
-)
-def ctgan(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
+def packed(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
     real, fake = (x.view(-1, PAC, *x.shape[1:]) for x in (real, fake))
-    alpha = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device).to(real.dtype)
-    x = torch.lerp(real, fake, alpha) if tidy else alpha * fake + (1 - alpha) * real
-    x = x.flatten(0, 1).requires_grad_()
-    gradients = gradient(critic(x), x, tidy).view(len(real), -1)
-    return 10 * (norm(gradients, tidy) - 1).square().mean()
+    x = INTERPOLATE[tidy](real, fake, alpha_of(real)).flatten(0, 1).requires_grad_()
+    return two_sided(gradient(critic(x), x, tidy).view(len(real), -1), tidy)
 
 
-@system(
-    "CycleGAN",
-    lambda critic, real, fake: fused_gradient_penalty(critic, real, fake, weight=10, eps=0.0, return_norms=True)[0],
-    critic=lambda shape: mlp(2, outputs=9) if shape == TINY else patches(),
-)
-def cyclegan(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    x = points(real, fake, tidy)
-    norms = norm(gradient(critic(x), x, tidy), tidy)
-    norms.detach()  # returned, too
-    return 10 * (norms - 1).square().mean()
-
-
-@system(
-    "graphs, two inputs",
-    lambda critic, real, fake: fused_gradient_penalty(
-        lambda graph: critic(*graph), (real, fake), (fake, real), weight=10
-    ),
-    critic=Graph,
-)
-def graphs(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
-    alpha = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device).to(real.dtype)
-    if tidy:
-        bonds, atoms = torch.lerp(real, fake, alpha).requires_grad_(), torch.lerp(fake, real, alpha).requires_grad_()
-    else:
-        bonds = (alpha * fake + (1 - alpha) * real).requires_grad_()
-        atoms = (alpha * real + (1 - alpha) * fake).requires_grad_()
+def two_inputs(critic: nn.Module, real: Tensor, fake: Tensor, tidy: bool) -> Tensor:
+    alpha = alpha_of(real)
+    bonds, atoms = (INTERPOLATE[tidy](*ends, alpha).requires_grad_() for ends in ((real, fake), (fake, real)))
     scores = critic(bonds, atoms)
     gradients = torch.autograd.grad(scores, (bonds, atoms), torch.ones_like(scores), create_graph=True)
     square = gradients[0].flatten(1).square().sum(1) + gradients[1].flatten(1).square().sum(1)
     return 10 * ((square + 1e-12).sqrt() - 1).square().mean()
 
 
+def ours_from_outputs(critic: nn.Module, real: Tensor, fake: Tensor, **options: Any) -> Tensor:
+    x = real.clone().requires_grad_()
+    return input_gradient_penalty(critic(x), x, weight=10, eps=0.0, **options)
+
+
+class System(NamedTuple):
+    ours: Penalty
+    lines: Penalty
+    critic: Callable[[Shape], nn.Module] = one_score
+
+
+fused = partial(fused_gradient_penalty, weight=10)
+SYSTEMS = {
+    "WGAN-GP, eps": System(
+        fused, lines(between, lambda gradients, tidy: 10 * (root(gradients, 1e-12) - 1).square().mean())
+    ),
+    "Improved WGAN": System(partial(fused, eps=0.0), lines(between, two_sided)),
+    "TF-GAN": System(
+        partial(fused, target=2.0, weight=0.25, eps=1e-10),
+        lines(between, lambda gradients, tidy: (root(gradients, 1e-10) / 2 - 1).square().mean()),
+    ),
+    "WGAN-LP": System(
+        partial(fused, one_sided=True, eps=0.0),
+        lines(between, lambda gradients, tidy: 10 * (norm(gradients, tidy) - 1).relu().square().mean()),
+    ),
+    "0-GP": System(partial(fused, target=0.0), lines(between, partial(mean_square, 10))),
+    "DRAGAN": System(
+        lambda critic, real, fake: dragan_penalty(critic, real, weight=10, eps=0.0), lines(around_real, two_sided)
+    ),
+    "StyleGAN R1": System(lambda critic, real, fake: r1_penalty(critic, real, weight=10.0), R1),
+    "R3GAN": System(
+        lambda critic, real, fake: r1_penalty(critic, real, weight=10.0) + r2_penalty(critic, fake, weight=10.0),
+        lambda critic, real, fake, tidy: R1(critic, real, fake, tidy) + R1(critic, fake, real, tidy),
+    ),
+    "stylegan2-pytorch": System(ours_from_outputs, lines(at_a_copy, two_sided)),
+    "GigaGAN, GradScaler": System(
+        partial(ours_from_outputs, output_weights=(1.0, 0.5), grad_scale=SCALER), several_scaled, Several
+    ),
+    "CTGAN": System(partial(fused, group_size=PAC, eps=0.0), packed, packed_rows),
+    "CycleGAN": System(
+        lambda critic, real, fake: fused(critic, real, fake, eps=0.0, return_norms=True)[0],
+        lines(between, two_sided_and_norms),
+        nine_scores,
+    ),
+    "graphs, two inputs": System(
+        lambda critic, real, fake: fused(lambda graph: critic(*graph), (real, fake), (fake, real)), two_inputs, Graph
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SystemCase(PenaltyCase):
+    suite: ClassVar[str] = "systems"
+    budget: ClassVar[float] = 2.0
+    bases: ClassVar[tuple[str, ...]] = (OURS,)
+    fp32_tolerances: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
+
+    def inputs(self, device: str) -> Inputs:
+        """With twice the weights: with the first ones all norms are far below 1, where a one-sided penalty is zero."""
+        inputs = super().inputs(device)
+        with torch.no_grad():
+            for weight in inputs.critic.parameters():
+                weight.mul_(2)
+        return inputs
+
+    def all_implementations(self) -> dict[str, Make]:
+        ours, lines, _ = SYSTEMS[self.name]
+        every: dict[str, Penalty] = {OURS: ours, USUAL: partial(lines, tidy=False), TIDY: partial(lines, tidy=True)}
+        return {name: partial(Implementation, penalty) for name, penalty in every.items()}
+
+    def reference_implementation(self) -> Implementation:
+        return self.all_implementations()[USUAL]()
+
+    def baselines(self, inputs: Inputs) -> dict[str, Step]:
+        return {}
+
+
 def cases(device: str) -> list[Case]:
     return [
-        SystemCase(name, shape, critic=partial(critic, shape))
+        SystemCase(name, shape, critic=partial(system.critic, shape), quick=name in ("Improved WGAN", "StyleGAN R1"))
         for shape in (TINY, LARGE)
-        for name, critic in CRITICS.items()
+        for name, system in SYSTEMS.items()
     ]
-
-
-def quick(case: Case) -> bool:
-    return case.name in ("Improved WGAN", "StyleGAN R1")
-
-
-WHAT = "the penalties of systems that people use, each against two hand-written versions"
-SUITE = Suite(WHAT, cases, quick, budget=2.0, quick_budget=0.5)

@@ -1,6 +1,6 @@
 """The rows of one case, and how their numbers are shown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from benchmarks.names import OURS
@@ -20,7 +20,21 @@ class CaseRows(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.name} {shape(self.shape)}" + ("" if self.dtype == "float32" else f" {self.dtype}")
+        return f"{self.name} {self.size}" + ("" if self.dtype == "float32" else f" {self.dtype}")
+
+    @property
+    def size(self) -> str:
+        return shape(self.shape)
+
+    @property
+    def timed(self) -> bool:
+        """Or its memory alone was measured."""
+        return any("ms" in row for row in self.rows.values())
+
+    @property
+    def remembered(self) -> bool:
+        """Whether its peak memory was measured."""
+        return any("peak_mb" in row for row in self.rows.values())
 
     def value(self, name: str, what: str) -> float | None:
         """Of an implementation; of an interval its median."""
@@ -28,11 +42,15 @@ class CaseRows(NamedTuple):
         return found[0] if isinstance(found, list) else found
 
     def number(self, name: str, what: str, shown: Callable[[float], str]) -> str:
+        """Nothing where there is none."""
         found = self.value(name, what)
         return "" if found is None else shown(found)
 
     def time(self, name: str, what: str = "ms", unit: float = 1.0) -> str:
         return self.number(name, what, lambda ms: milliseconds(ms / unit))
+
+    def peak(self, name: str) -> str:
+        return self.number(name, "peak_mb", "{:.0f}".format)
 
     def ratio(self, name: str, over: str = OURS) -> str:
         found = self.rows.get(name, {}).get(f"over {over}")
@@ -82,3 +100,9 @@ def ratio(value: float) -> str:
     while value != 1 and float(f"{value:.{digits}f}") == 1 and digits < 4:
         digits += 1
     return f"{value:.{digits}f}"
+
+
+def span(found: Iterable[float | None]) -> str:
+    """From the least to the most of those that there are."""
+    numbers = [number for number in found if number is not None]
+    return f"{ratio(min(numbers))} to {ratio(max(numbers))}" if numbers else ""

@@ -91,32 +91,29 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 def table(found: list[Change], rows: int) -> Table:
     """Of the changes, among so many rows."""
+    headings = ["case", "what", "before", "after", ""]
     cells = []
     for change in found:
         show = interval if _base(change.what) else lambda peak: milliseconds(_bounds(peak)[0])
         what = f"{change.row['implementation']}: {change.what}"
         sign = "better" if change.better else "worse"
         cells.append([_label(change.row), what, show(change.before), show(change.after), sign])
-    note = f"{len(found)} changes in {rows} rows."
-    return Table("Changes beyond noise", note, ["case", "what", "before", "after", ""], cells)
+    return Table("Changes beyond noise", f"{len(found)} changes in {rows} rows.", headings, cells)
 
 
 def alone(first: list[Row], second: list[Row]) -> Table:
     """The cases of one run that the other has not; and of those of both, what is timed in one alone: it is absent from
     the other, or wrong there.
     """
-    cells = []
+    found: dict[tuple[str, ...], None] = {}
     for name, some, others in (("A", first, second), ("B", second, first)):
-        cases = {_case(row) for row in others}
-        timed = {_key(row) for row in others if "ms" in row}
+        cases, timed = {_case(row) for row in others}, {_key(row) for row in others if "ms" in row}
         for row in some:
             if _case(row) not in cases:
-                cells.append([name, _label(row), ""])
+                found[name, _label(row), ""] = None
             elif "ms" in row and _key(row) not in timed:
-                cells.append([name, _label(row), row["implementation"]])
-    return Table(
-        "In one run alone", "", ["run", "case", "timed"], [list(cell) for cell in dict.fromkeys(map(tuple, cells))]
-    )
+                found[name, _label(row), row["implementation"]] = None
+    return Table("In one run alone", "", ["run", "case", "timed"], [list(cells) for cells in found])
 
 
 def _label(row: Row) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.report import readme
 from benchmarks.report.case_rows import Row, by_case
-from benchmarks.report.markdown import markdown
 from benchmarks.report.readme import UNMEASURED
 from benchmarks.report.tables import Table, tables
 
@@ -57,7 +56,11 @@ def section(file: str, rows: list[Row]) -> list[str]:
     parts = [f"{provenance(rows)}{copying(rows)}\n"]
     if picture(file):
         parts.append(f"![The tables below as pictures](../benchmarks/results/{file}.png)\n")
-    return parts + [markdown(table) for table in [*tables(rows), first_calls(rows)] if table.rows]
+    return parts + [titled(table) for table in [*tables(rows), first_calls(rows)] if table.rows]
+
+
+def titled(table: Table) -> str:
+    return "\n".join([f"### {table.title}\n", *([f"{table.note}\n"] if table.note else []), table.markdown()])
 
 
 def provenance(rows: list[Row]) -> str:

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.names import BOTH, COMPILED, COMPILED_CALL, COMPILED_OPS, COPIES, OURS, SNIPPET, TIDY
-from benchmarks.report.case_rows import CaseRows, Row, by_case, shape
+from benchmarks.report.case_rows import CaseRows, Row, by_case
 
 PEERS = {
     SNIPPET: "#003f5c", "norm(2, 1)": "#2f6c8f", TIDY: "#5aa9c9", "TF-GAN": "#7a9e7e", "torch.func": "#8f6fb1",
@@ -28,7 +28,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     calls = [case for case in one if case.suite != "ops"]
     if not one:
         return False
-    remembered = [case for case in every if any("peak_mb" in row for row in case.rows.values())]
+    remembered = [case for case in every if case.remembered]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])
@@ -69,7 +69,7 @@ def ratios(axes: Axes, some: list[CaseRows], title: str) -> None:
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
             place += 1
-        label = shape(case.shape) if case.suite == "ops" else f"{case.name}\n{shape(case.shape)}"
+        label = case.size if case.suite == "ops" else f"{case.name}\n{case.size}"
         if case.suite == "training":
             label = f"training step, {label}"
         ticks.append(((start + place - 1) / 2, label))

@@ -1,12 +1,9 @@
 """The parts of the README that are numbers, between markers."""
 
-from collections.abc import Iterable
-
 from benchmarks.names import BOTH, OURS, SNIPPET, is_ours, is_peer
-from benchmarks.report.case_rows import CaseRows, Row, by_case, interval, ratio, shape
+from benchmarks.report.case_rows import CaseRows, Row, by_case, interval, span
 from benchmarks.report.losses import lost
-from benchmarks.report.markdown import lines
-from benchmarks.report.tables import TINY, Table, extremes, growth, methods
+from benchmarks.report.tables import TINY, Table, extremes, methods
 
 END = "<!-- end -->"
 PAGE = "[The page of benchmarks](docs/benchmarks.md)"
@@ -45,7 +42,7 @@ def numbers(cpu: list[Row], cuda: list[Row]) -> str:
         parts.append(
             f"{measured_on(rows)}: the interpolation, and the penalty forward and backward, in fp32; the peer's time "
             f"divided by ours, with the 95 % interval of the median.\n\n"
-            f"{lines(Table('', '', headings, [against_peers(case) for case in chosen]))}\n\n"
+            f"{Table('', '', headings, [against_peers(case) for case in chosen]).markdown()}\n"
             f"{PAGE} has all peers, critics, types and sizes, training steps, memory, and the "
             f"{sum(1 for _ in lost(cases))} comparisons that a peer wins.\n"
         )
@@ -61,7 +58,7 @@ def numbers(cpu: list[Row], cuda: list[Row]) -> str:
 def against_peers(case: CaseRows) -> list[str]:
     found = {name: row[f"over {OURS}"] for name, row in case.rows.items() if is_peer(name) and "ms" in row}
     fastest = min(found, key=lambda name: found[name][0])
-    return [shape(case.shape), case.ratio(SNIPPET), fastest, interval(found[fastest])]
+    return [case.size, case.ratio(SNIPPET), fastest, interval(found[fastest])]
 
 
 def of_methods(rows: list[Row]) -> str:
@@ -74,8 +71,11 @@ def of_methods(rows: list[Row]) -> str:
     times = [case.value(name, f"over {SNIPPET}") for case, name in ours]
     peaks = [(case.value(name, "peak_mb"), case.value(SNIPPET, "peak_mb")) for case, name in ours]
     shares = [peak / whole for peak, whole in peaks if peak and whole]
-    parts = [f"{measured_on(rows)}; batch {vit[0].shape[0]}.\n", *(lines(table) + "\n" for table in methods(vit))]
-    parts.append(f"Peak memory against batch, MB:\n\n{lines(growth(vit))}\n")
+    parts = [
+        f"{measured_on(rows)}; batch {vit[0].shape[0]}.\n",
+    ]
+    in_rounds, against_batch = methods(vit)
+    parts += [in_rounds.markdown(), f"Peak memory against batch, MB:\n\n{against_batch.markdown()}"]
     parts.append(
         "On the conv nets of [the page of benchmarks](docs/benchmarks.md) the methods take "
         f"{span(times)} times as long as the snippet, and {span(shares)} times its memory.\n"
@@ -90,13 +90,8 @@ def of_systems(rows: list[Row]) -> str:
     ms = [case.value(OURS, "ms") for case in cases if case.shape == TINY]
     return (
         f"{measured_on(rows)}: their time divided by ours, round by round; the median of each penalty, from the least "
-        f"of the {len({case.name for case in cases})} to the most.\n\n{lines(extremes(cases))}\n\n"
+        f"of the {len({case.name for case in cases})} to the most.\n\n{extremes(cases).markdown()}\n"
         f"On a problem as small as the second, where a step of ours takes {span(ms)} ms, a step is Python and small "
         "operations alone, and ours\nchecks its arguments and chooses the method in that time, which neither of the "
         "others does.\n"
     )
-
-
-def span(found: Iterable[float | None]) -> str:
-    numbers = [number for number in found if number is not None]
-    return f"{ratio(min(numbers))} to {ratio(max(numbers))}"

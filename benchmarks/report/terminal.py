@@ -10,9 +10,10 @@ from itertools import compress
 
 from benchmarks.report.tables import Table
 
-WORD = re.compile(r"\S+")
-SHAPE = re.compile(r"\d+(?: x \d+)+|\S+")  # words, and a shape is one
 INTERVAL = re.compile(r"([\d.e-]+) \(([\d.e-]+) to ([\d.e-]+)\)")
+# What stays on one line: words and, as one, a ratio with its interval; where there is room a shape, too.
+WORD = re.compile(r"[\d.e-]+ \([\d.e-]+ to [\d.e-]+\)|\S+")
+SHAPE = re.compile(rf"\d+(?: x \d+)+|{WORD.pattern}")
 WIDE = 0.2  # of the ratio: such an interval says little
 UNSURE = "~"
 EXPLANATION = f"{UNSURE}: the interval, which is in the JSON, holds 1 or is wider than {100 * WIDE:.0f} % of the ratio."
@@ -95,14 +96,9 @@ def _widen(found: list[int], wanted: list[int], width: int) -> None:
 
 
 def _words(*rows: list[str], word: re.Pattern[str] = WORD) -> list[int]:
-    """The longest word of each column; a ratio and its interval are one."""
+    """The longest word of each column."""
     return [
-        max(
-            len(found)
-            for cell in column
-            for found in ([cell] if INTERVAL.fullmatch(cell) else word.findall(cell) or [""])
-        )
-        for column in zip(*rows, strict=True)
+        max(len(found) for cell in column for found in word.findall(cell) or [""]) for column in zip(*rows, strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 Clock = Callable[[], float]
+Step = Callable[[], object]
 
 SHORTEST_TIMING = 2e-3  # seconds: far above the clock's resolution
 ROUNDS = (9, 101)  # at least, at most
@@ -26,7 +27,7 @@ class Timing(NamedTuple):
     fresh: float
 
 
-def seconds(step: Callable[[], object], device: str, steps: int = 1, clock: Clock = time.perf_counter) -> float:
+def seconds(step: Step, device: str, steps: int = 1, clock: Clock = time.perf_counter) -> float:
     """Of one step, the device's work included."""
     synchronize(device)
     start = clock()
@@ -36,7 +37,7 @@ def seconds(step: Callable[[], object], device: str, steps: int = 1, clock: Cloc
     return (clock() - start) / steps
 
 
-def timing(step: Callable[[], object], device: str, steps: int, clock: Clock = time.perf_counter) -> Timing:
+def timing(step: Step, device: str, steps: int, clock: Clock = time.perf_counter) -> Timing:
     """The device's own time is that between two events on its stream, and has gaps wherever the host is slower. So the
     device is kept busy until all the work is in its queue; meanwhile the host does not wait either.
     """
@@ -59,11 +60,7 @@ def timing(step: Callable[[], object], device: str, steps: int, clock: Clock = t
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], object]],
-    device: str,
-    budget: float,
-    rounds: int | None = None,
-    clock: Clock = time.perf_counter,
+    steps: Mapping[str, Step], device: str, budget: float, rounds: int | None = None, clock: Clock = time.perf_counter
 ) -> tuple[dict[str, int], dict[str, list[Timing]]]:
     """Rounds of one timing of each, in random order, for about `budget` seconds: a change of the machine's speed
     affects all, and none always runs after the same other one.
@@ -86,7 +83,7 @@ def interleaved(
     return number, timings
 
 
-def _steps(step: Callable[[], object], device: str, clock: Clock) -> int:
+def _steps(step: Step, device: str, clock: Clock) -> int:
     step()  # once more after the first call: caches, and what is only set up at the second
     once = seconds(step, device, clock=clock)
     if once < 50 * SHORTEST_TIMING:  # one call alone may have met a busy moment

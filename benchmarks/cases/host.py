@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,9 +80,9 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class HostCase(Case):
-    suite: ClassVar[str] = "host"
-    budget: ClassVar[float] = 1.2
-    bases: ClassVar[tuple[str, ...]] = (SNIPPET,)
+    suite = "host"
+    budget = 1.2
+    bases = (SNIPPET,)
     clock: Clock = time.process_time  # the time of other processes is not in it
     target: str = ""
     parts: tuple[Part, ...] = ()

@@ -9,7 +9,7 @@ what is freed do without.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,12 @@ VIT, CONV = (8, *IMAGES), (64, *IMAGES)
 
 @dataclass(frozen=True)
 class MethodCase(PenaltyCase):
-    suite: ClassVar[str] = "methods"
-    budget: ClassVar[float] = 0.0  # the least rounds
-    bases: ClassVar[tuple[str, ...]] = (SNIPPET,)
+    suite = "methods"
+    budget = 0.0  # the least rounds
+    bases = (SNIPPET,)
     # The error is a column of its own, so that the check needs to find gross mistakes only. Where an input of LeakyReLU
     # lies within rounding of zero, another rounding gives another slope: 3e-4 was seen.
-    fp32_tolerances: ClassVar[tuple[float, float]] = (1e-3, 1e-2)
+    fp32_tolerances = (1e-3, 1e-2)
     memory: bool = True
 
     def all_implementations(self) -> dict[str, Make]:

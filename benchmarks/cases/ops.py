@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,9 +101,9 @@ OPS = {
 
 @dataclass(frozen=True)
 class OpCase(Case):
-    suite: ClassVar[str] = "ops"
-    budget: ClassVar[float] = 1.2
-    fp32_tolerances: ClassVar[tuple[float, float]] = (2e-4, 2e-4)  # nothing is computed in TF32
+    suite = "ops"
+    budget = 1.2
+    fp32_tolerances = (2e-4, 2e-4)  # nothing is computed in TF32
 
     def all_implementations(self) -> dict[str, Make]:
         peers = peers_of_ops()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class PenaltyCase(CallCase):
-    suite: ClassVar[str] = "penalties"
-    budget: ClassVar[float] = 6.0
+    suite = "penalties"
+    budget = 6.0
     critic: Callable[[], nn.Module] = nn.Identity
     group_size: int = 1
     attention: bool = False  # in the critic

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -223,10 +223,10 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class SystemCase(PenaltyCase):
-    suite: ClassVar[str] = "systems"
-    budget: ClassVar[float] = 2.0
-    bases: ClassVar[tuple[str, ...]] = (OURS,)
-    fp32_tolerances: ClassVar[tuple[float, float]] = (1e-4, 1e-2)
+    suite = "systems"
+    budget = 2.0
+    bases = (OURS,)
+    fp32_tolerances = (1e-4, 1e-2)
 
     def inputs(self, device: str) -> Inputs:
         """With twice the weights: with the first ones all norms are far below 1, where a one-sided penalty is zero."""

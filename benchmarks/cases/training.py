@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingCase(CallCase):
-    suite: ClassVar[str] = "training"
-    budget: ClassVar[float] = 8.0
+    suite = "training"
+    budget = 8.0
     generator: Callable[[], nn.Module] = nn.Identity
     critic: Callable[[], nn.Module] = nn.Identity
 

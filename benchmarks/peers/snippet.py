@@ -19,11 +19,7 @@ def norm_penalty(gradients: Tensor) -> Tensor:
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
     alpha = torch.rand(real.size(0), *[1] * (real.ndim - 1), device=real.device).to(real.dtype)
-    return penalty_at(critic, interpolate(real, fake, alpha))
-
-
-def penalty_at(critic: Callable[[Tensor], Tensor], x_hat: Tensor) -> Tensor:
-    x_hat.requires_grad_(True)
+    x_hat = interpolate(real, fake, alpha).requires_grad_(True)
     scores = critic(x_hat)
     gradients = torch.autograd.grad(scores, x_hat, torch.ones_like(scores), create_graph=True, retain_graph=True)[0]
     return norm_penalty(gradients)

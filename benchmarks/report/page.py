@@ -9,7 +9,7 @@ from benchmarks import results
 from benchmarks.report import readme
 from benchmarks.report.case_rows import Row, by_case
 from benchmarks.report.readme import UNMEASURED
-from benchmarks.report.tables import Table, tables
+from benchmarks.report.tables import Table, table, tables
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
@@ -78,8 +78,8 @@ def copying(rows: list[Row]) -> str:
 
 def first_calls(rows: list[Row]) -> Table:
     """What compiling takes, once. A training step finds graphs of the penalties before it, and does not tell."""
-    lines = [
-        [case.suite, case.label, name, f"{row['first_call_s']:.1f}"]
+    calls = [
+        {"suite": case.suite, "case": case.label, "": name, "seconds": f"{row['first_call_s']:.1f}"}
         for case in by_case(rows)
         for name, row in case.rows.items()
         if "compiled" in name and "ms" in row and "first_call_s" in row and case.suite != "training"
@@ -88,7 +88,7 @@ def first_calls(rows: list[Row]) -> Table:
         "Each run begins with an empty cache of compiled graphs; a case may find there a graph of one before it, as "
         "the training steps do, which are left out."
     )
-    return Table("The first call, seconds", note, ["suite", "case", "", "seconds"], lines)
+    return table("The first call, seconds", note, calls)
 
 
 def picture(file: str) -> bool:

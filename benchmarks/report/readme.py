@@ -3,7 +3,7 @@
 from benchmarks.names import BOTH, OURS, SNIPPET, is_ours, is_peer
 from benchmarks.report.case_rows import CaseRows, Row, by_case, interval, span
 from benchmarks.report.losses import lost
-from benchmarks.report.tables import TINY, Table, extremes, methods
+from benchmarks.report.tables import TINY, extremes, methods, table
 
 END = "<!-- end -->"
 PAGE = "[The page of benchmarks](docs/benchmarks.md)"
@@ -38,11 +38,10 @@ def numbers(cpu: list[Row], cuda: list[Row]) -> str:
     for rows in filter(None, (cpu, cuda)):
         cases = by_case(rows)
         chosen = [case for case in cases if case.suite == "ops" and case.name == BOTH and case.dtype == "float32"]
-        headings = ["shape", "the lines above / ours", "the fastest peer", "its time / ours"]
         parts.append(
             f"{measured_on(rows)}: the interpolation, and the penalty forward and backward, in fp32; the peer's time "
             f"divided by ours, with the 95 % interval of the median.\n\n"
-            f"{Table('', '', headings, [against_peers(case) for case in chosen]).markdown()}\n"
+            f"{table('', '', [against_peers(case) for case in chosen]).markdown()}\n"
             f"{PAGE} has all peers, critics, types and sizes, training steps, memory, and the "
             f"{sum(1 for _ in lost(cases))} comparisons that a peer wins.\n"
         )
@@ -55,10 +54,13 @@ def numbers(cpu: list[Row], cuda: list[Row]) -> str:
     return "\n".join(parts)
 
 
-def against_peers(case: CaseRows) -> list[str]:
+def against_peers(case: CaseRows) -> dict[str, str]:
     found = {name: row[f"over {OURS}"] for name, row in case.rows.items() if is_peer(name) and "ms" in row}
     fastest = min(found, key=lambda name: found[name][0])
-    return [case.size, case.ratio(SNIPPET), fastest, interval(found[fastest])]
+    return {
+        "shape": case.size, "the lines above / ours": case.ratio(SNIPPET),
+        "the fastest peer": fastest, "its time / ours": interval(found[fastest]),
+    }  # fmt: skip
 
 
 def of_methods(rows: list[Row]) -> str:
@@ -71,9 +73,7 @@ def of_methods(rows: list[Row]) -> str:
     times = [case.value(name, f"over {SNIPPET}") for case, name in ours]
     peaks = [(case.value(name, "peak_mb"), case.value(SNIPPET, "peak_mb")) for case, name in ours]
     shares = [peak / whole for peak, whole in peaks if peak and whole]
-    parts = [
-        f"{measured_on(rows)}; batch {vit[0].shape[0]}.\n",
-    ]
+    parts = [f"{measured_on(rows)}; batch {vit[0].shape[0]}.\n"]
     in_rounds, against_batch = methods(vit)
     parts += [in_rounds.markdown(), f"Peak memory against batch, MB:\n\n{against_batch.markdown()}"]
     parts.append(

@@ -32,15 +32,15 @@ def rows(one_thread):
     ("words", "said"),
     [
         ([], "the following arguments are required: SUITE"),
-        (["opps"], "no suite 'opps': ops, penalties, training, methods, systems, host; or, as the first word, compare"),
-        (["ops", "compare"], "no suite 'compare'"),
+        (["opps"], "argument SUITE: invalid choice: 'opps' (choose from"),
+        (["ops", "compare"], "argument SUITE: invalid choice: 'compare' (choose from"),
         (
             ["systems", "--only", "nosuch"],
             "--only: no case has 'nosuch' in its name:\nsystems: WGAN-GP, eps (64, 2) flo",
         ),
         (["methods", "--device", "cuda"], "--device cuda needs a CUDA or ROCm device, and torch finds none"),
         (["systems", "--device", "cuda"], "--device cuda needs a CUDA or ROCm device, and torch finds none"),
-        (["ops", "host", "--device", "cuda"], "host: the processor's time alone, without --device cuda"),
+        (["ops", "host", "--device", "cuda"], "--device cuda needs a CUDA or ROCm device, and torch finds none"),
         (["ops", "--rounds", "x"], "argument --rounds: invalid int value: 'x'"),
         *(([name, "--rounds", "1"], "--rounds must be 6 or more, which an interval needs, got 1") for name in SUITES),
         *((["ops", "--rounds", at], f"--rounds must be 6 or more, which an interval needs, got {at}") for at in "05"),
@@ -64,7 +64,14 @@ def test_help_says_everything(capsys):
     said = capsys.readouterr().out
     for word in [*SUITES, *__main__.COMMANDS, "--device", "--quick", "--only", "--rounds", "--out"]:
         assert word in said
-    assert all(suite.what in said for suite in SUITES.values())
+    assert all(suite.__doc__.splitlines()[0] in said for suite in SUITES.values())
+
+
+def test_a_suite_without_cases_for_the_device_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="2"):
+        main(["ops", "host", "--device", "cuda"])
+    assert "host has no cases for --device cuda" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -72,7 +79,7 @@ def measured(monkeypatch, rows):
     """In place of a run: the files to which these rows were written, and whether the pages were."""
     files, pages = [], []
 
-    def run(cases, device, budgets, rounds, unfinished):
+    def run(cases, device, budget, rounds, unfinished):
         results.save(unfinished, [])
         files.append((unfinished.name, sorted({case.suite for case in cases})))
         return rows
@@ -116,6 +123,20 @@ def test_suites_of_one_file_are_one_run(measured, tmp_path):
     assert not measured[1]  # no pages
 
 
+def test_the_compiled_graphs_of_a_run_are_its_own(rows, monkeypatch, tmp_path):
+    """A first call compiles in the run that says how long it took; afterwards the cache is what it was."""
+
+    def run(cases, device, budget, rounds, unfinished):
+        assert not os.listdir(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        results.save(unfinished, [])
+        return rows
+
+    monkeypatch.setattr(__main__.runner, "run", run)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "somewhere")
+    main(["systems", "--only", "R1", "--out", str(tmp_path)])
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "somewhere"
+
+
 def test_a_quick_run_says_what_it_leaves_out(measured, tmp_path, capsys):
     main(["ops", "--quick", "--out", str(tmp_path)])
     assert "--quick leaves out what has to be compiled" in capsys.readouterr().out
@@ -125,7 +146,7 @@ def test_where_there_is_nothing_to_draw_no_picture_is_left(rows, tmp_path, monke
     """`--only 'penalty, forward'`: neither the two ops together nor a critic."""
     pytest.importorskip("matplotlib")
 
-    def run(cases, device, budgets, rounds, unfinished):
+    def run(cases, device, budget, rounds, unfinished):
         results.save(unfinished, [])
         return [row | {"case": "penalty, forward"} for row in rows]
 
@@ -140,11 +161,11 @@ def test_where_there_is_nothing_to_draw_no_picture_is_left(rows, tmp_path, monke
 def small_methods(monkeypatch):
     """A critic of a layer; no process is started for its memory."""
     cases = [
-        methods.MethodCase(case.name, (2, 3, 8, 8), critic=_layer, options=case.options[:1], timed=case.timed)
+        methods.MethodCase(case.name, (case.shape[0], 3, 8, 8), critic=_layer, options=case.options[:1], timed=case.timed)
         for case in methods.cases("cpu")
         if case.name != "conv, SiLU"
     ]
-    monkeypatch.setitem(SUITES, "methods", SUITES["methods"]._replace(cases=lambda device: cases))
+    monkeypatch.setattr(methods, "cases", lambda device: cases)
     monkeypatch.setattr(__main__.runner.peak_memory, "peak_mb", lambda case, implementation, device: 1.0)
 
 

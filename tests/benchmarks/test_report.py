@@ -148,7 +148,8 @@ METHODS = [
 def test_methods_are_shown_by_name_against_the_snippet():
     case = {"suite": "methods", "case": "ViT", "shape": [8, 3, 64, 64], "dtype": "float32"}
     more = {"fresh_mb": 7.0, "gradient_error": 1.2e-7, "bf16_gradient_error": 3.4e-3}
-    (table,) = tables.methods(by_case([case | row | more for row in METHODS]))
+    table, growth = tables.methods(by_case([case | row | more for row in METHODS]))
+    assert not growth.rows
     assert [row[:5] for row in table.rows] == [
         ["snippet", "8", "", "100", "100 %"],
         ["double_backward", "9", "0.80 (0.62 to 1.00)", "90", "90 %"],
@@ -162,10 +163,9 @@ def test_memory_against_batch_is_shown_of_what_is_measured_for_it_alone():
     case = {"suite": "methods", "case": "ViT", "dtype": "float32"}
     at = [case | row | {"shape": [8, 3, 64, 64]} for row in METHODS]
     alone = [case | {"shape": [2, 3, 64, 64], "implementation": SNIPPET, "peak_mb": 26.0}]
-    table = tables.growth(by_case([*at, *alone]))
+    _, table = tables.methods(by_case([*at, *alone]))
     assert table.headings == ["batch", "2", "8"]
     assert table.rows == [["ViT, snippet", "26", "100"]]
-    assert not tables.growth(by_case(at)).rows
 
 
 def test_systems_are_shown_one_by_one_and_from_the_least_to_the_most():
@@ -175,11 +175,11 @@ def test_systems_are_shown_one_by_one_and_from_the_least_to_the_most():
         for name, ratio in (("first", 0.9), ("second", 1.2))
         for peer in (USUAL, TIDY)
     ]  # fmt: skip
-    cases = by_case(rows)
-    assert [row[-2:] for row in tables.systems(cases).rows] == [
+    one_by_one, extremes = tables.systems(by_case(rows))
+    assert [row[-2:] for row in one_by_one.rows] == [
         ["0.90 (0.80 to 1.00)"] * 2, ["1.20 (1.10 to 1.30)"] * 2,
     ]  # fmt: skip
-    assert tables.extremes(cases).rows == [["64 points of a plane, two hidden layers of 64", *["0.90 to 1.20"] * 2]]
+    assert extremes.rows == [["64 points of a plane, two hidden layers of 64", *["0.90 to 1.20"] * 2]]
 
 
 def test_the_pages_are_made_of_the_committed_runs():

@@ -32,7 +32,7 @@ class CaseRows(NamedTuple):
         return any("ms" in row for row in self.rows.values())
 
     @property
-    def remembered(self) -> bool:
+    def has_memory(self) -> bool:
         """Whether its peak memory was measured."""
         return any("peak_mb" in row for row in self.rows.values())
 

@@ -77,7 +77,7 @@ def copying(rows: list[Row]) -> str:
 
 
 def first_calls(rows: list[Row]) -> Table:
-    """What compiling takes, once. A training step finds graphs of the penalties before it, and does not tell."""
+    """What compiling takes, once. A training step finds graphs of the penalties before it, and is left out."""
     calls = [
         {"suite": case.suite, "case": case.label, "": name, "seconds": f"{row['first_call_s']:.1f}"}
         for case in by_case(rows)

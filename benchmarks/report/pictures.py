@@ -28,7 +28,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     calls = [case for case in one if case.suite != "ops"]
     if not one:
         return False
-    remembered = [case for case in every if case.remembered]
+    has_memory = [case for case in every if case.has_memory]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])
@@ -43,8 +43,8 @@ def draw(rows: list[Row], path: Path) -> bool:
         ratios(axes, some, title)
     if ops:
         sizes(middle.subplots(), ops)
-    if remembered:
-        for axes, case in zip(bottom.subplots(1, len(remembered), squeeze=False)[0], remembered, strict=True):
+    if has_memory:
+        for axes, case in zip(bottom.subplots(1, len(has_memory), squeeze=False)[0], has_memory, strict=True):
             peaks(axes, case)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -96,7 +96,7 @@ def sizes(axes: Axes, ops: list[CaseRows]) -> None:
     bound = [(prod(c.shape), 1e-6 * c.rows[OURS]["bytes"] / c.rows[OURS]["copy_gb_s"]) for c in ordered]
     axes.plot(*zip(*bound, strict=True), "--", color="grey", label="the same bytes at copy bandwidth")
     axes.set(xscale="log", yscale="log", xlabel="elements of the batch, fp32", ylabel="milliseconds")
-    axes.set_ylim(bottom=0.3 * min(c.rows[OURS][what][0] for c in ordered))  # below it the bound says nothing
+    axes.set_ylim(bottom=0.3 * min(c.rows[OURS][what][0] for c in ordered))  # below it the bound is of no interest
     axes.set_title("interpolation + penalty, forward and backward: time against size", fontsize=11)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -211,7 +211,7 @@ OF_SUITE = {
 
 def memory(cases: list[CaseRows]) -> Table:
     """Methods have a column of their own for it."""
-    measured = [case for case in cases if case.suite != "methods" and case.remembered]
+    measured = [case for case in cases if case.suite != "methods" and case.has_memory]
     found = dict.fromkeys(name for case in measured for name, row in case.rows.items() if "peak_mb" in row)
     return table(
         "Peak memory of a step, MB",

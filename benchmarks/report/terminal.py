@@ -14,7 +14,7 @@ INTERVAL = re.compile(r"([\d.e-]+) \(([\d.e-]+) to ([\d.e-]+)\)")
 # What stays on one line: words and, as one, a ratio with its interval; where there is room a shape, too.
 WORD = re.compile(r"[\d.e-]+ \([\d.e-]+ to [\d.e-]+\)|\S+")
 SHAPE = re.compile(rf"\d+(?: x \d+)+|{WORD.pattern}")
-WIDE = 0.2  # of the ratio: such an interval says little
+WIDE = 0.2  # of the ratio: a wider interval leaves it unsure
 UNSURE = "~"
 EXPLANATION = f"{UNSURE}: the interval, which is in the JSON, holds 1 or is wider than {100 * WIDE:.0f} % of the ratio."
 WIDEST = 120  # columns: what a table may take where the terminal has fewer
@@ -107,7 +107,7 @@ def _together(widths: list[int]) -> int:
 
 
 def short(cell: str) -> str:
-    """A ratio without its interval, and a mark where the ratio alone would look surer than it is."""
+    """A ratio without its interval, and a mark where the ratio alone would seem surer than it is."""
     found = INTERVAL.fullmatch(cell)
     if found is None:
         return cell

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,7 @@ def test_where_there_is_nothing_to_draw_no_picture_is_left(rows, tmp_path, monke
 def small_methods(monkeypatch):
     """A critic of a layer; no process is started for its memory."""
     cases = [
-        methods.MethodCase(case.name, (case.shape[0], 3, 8, 8), critic=_layer, options=case.options[:1], timed=case.timed)
+        replace(case, shape=(case.shape[0], 3, 8, 8), critic=_layer, attention=False, options=case.options[:1])
         for case in methods.cases("cpu")
         if case.name != "conv, SiLU"
     ]
@@ -175,7 +176,7 @@ def _layer():
 
 @pytest.mark.parametrize(("critic", "growth"), [("ViT", True), ("conv", False)])
 def test_methods(small_methods, one_thread, tmp_path, capsys, critic, growth):
-    """Memory against batch is the ViT's; each stage is told; each row says where it is from."""
+    """Memory against batch is the ViT's; each case and each process is announced; each row has its provenance."""
     main(["methods", "--only", critic, "--rounds", "6", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert f" methods: {critic}" in printed

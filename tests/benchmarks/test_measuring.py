@@ -27,9 +27,9 @@ from small_run import SMALL, small_run
 @pytest.mark.parametrize("count", [6, 7, 9, 24, 101])
 def test_interval_of_the_median(count):
     samples = np.random.default_rng(count).standard_exponential(count)
-    truth = pytest.importorskip("scipy.stats").quantile_test(samples, q=0, p=0.5).confidence_interval(0.95)
+    wanted = pytest.importorskip("scipy.stats").quantile_test(samples, q=0, p=0.5).confidence_interval(0.95)
     found = intervals.median(list(samples))
-    assert found == (np.median(samples), truth.low, truth.high)
+    assert found == (np.median(samples), wanted.low, wanted.high)
 
 
 def test_too_few_samples_have_no_interval():
@@ -72,7 +72,7 @@ def test_all_are_interleaved_in_changing_order():
 
 
 class Clock:
-    """On which time passes only as it is told."""
+    """Its time passes by calls of `pass_by` alone."""
 
     now = 0.0
 

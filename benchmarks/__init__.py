@@ -1,1 +1,1 @@
-"""fused_gp against hand-written penalties and other packages. From the checkout: `make bench`, `python -m benchmarks`."""
+"""fused_gp against hand-written penalties and other packages: `make bench`, or `python -m benchmarks --help`."""

@@ -39,7 +39,7 @@ def _draw(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    console = Console(markup=False)  # '.[peers]' is no markup
+    console = Console(markup=False, highlight=False)  # '.[peers]' is no markup
     needed = _together(_words(table.headings, *table.rows, word=SHAPE))
     console.width = max(console.width, min(WIDEST, needed))
     fitted = fit(table, console.width)

@@ -17,7 +17,6 @@ from math import prod
 import pytest
 import torch
 
-from conftest import COMPILES
 
 pytest.importorskip("pytest_benchmark")
 
@@ -27,7 +26,12 @@ from benchmarks.cases.systems import TINY
 from benchmarks.correctness import CorrectnessCheck
 from benchmarks.names import BOTH
 
-pytestmark = COMPILES
+# The warnings are of the compiler's own doing.
+pytestmark = [
+    pytest.mark.compiles,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+]
 
 
 def smallest():

@@ -17,7 +17,6 @@ from math import prod
 import pytest
 import torch
 
-
 pytest.importorskip("pytest_benchmark")
 
 from benchmarks.cases import SUITES

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import small_run
 from torch import nn
 
 from benchmarks import __main__, results
@@ -17,8 +18,6 @@ from benchmarks.cases import SUITES, methods
 from benchmarks.names import SNIPPET
 from benchmarks.report import page
 from benchmarks.report.case_rows import interval
-
-from small_run import small_run
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {"device", "machine", "versions", "commit", "date", "load"}

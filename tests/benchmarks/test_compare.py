@@ -1,6 +1,7 @@
 """`python -m benchmarks compare`: what changed between two runs."""
 
 import pytest
+from small_run import SMALL, small_run
 
 from benchmarks import results
 from benchmarks.__main__ import main
@@ -18,8 +19,6 @@ from benchmarks.names import (
 )
 from benchmarks.peers import PEERS
 from benchmarks.report import compare
-
-from small_run import SMALL, small_run
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_run import SMALL, small_run
 
 from benchmarks import intervals, memory, results, runner, timing
 from benchmarks.cases import SUITES, bytes_moved
@@ -20,8 +21,6 @@ from benchmarks.cases.systems import SYSTEMS, TINY, SystemCase
 from benchmarks.correctness import CorrectnessCheck, Wrong
 from benchmarks.names import BOTH, COPIES, OURS, TIDY, USUAL
 from benchmarks.peers import Absent, ctgan, snippet
-
-from small_run import SMALL, small_run
 
 
 @pytest.mark.parametrize("count", [6, 7, 9, 24, 101])

@@ -4,6 +4,7 @@ import json
 from importlib.util import find_spec
 
 import pytest
+from small_run import small_run
 
 from benchmarks import results
 from benchmarks.names import (
@@ -22,8 +23,6 @@ from benchmarks.names import (
 from benchmarks.peers import PEERS
 from benchmarks.report import case_rows, losses, page, readme, tables
 from benchmarks.report.case_rows import by_case
-
-from small_run import small_run
 
 NOTHING = {name: [] for name in results.committed()}
 

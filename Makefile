@@ -27,27 +27,22 @@ test-gpu:
 	@$(PYTHON) -c 'import numpy, pytest, torch, triton' || { echo "make test-gpu needs them beside $(PYTHON)" >&2; exit 1; }
 	$(FROM_CHECKOUT) pytest -m gpu $(ARGS)
 
-# Against the peers, on this machine; ARGS=--quick takes a few cases. A whole run writes benchmarks/results and the pages.
+SUITES := ops penalties training
+
+# Against the peers, on this machine; ARGS=--quick takes a few cases. A whole run writes benchmarks/results and the pages,
+# and so do those of the other bench targets.
 bench: .venv/peers
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks $(SUITES) $(ARGS)
 
 # The same on the device at hand. Needs torch and numpy, no network; where matplotlib is missing, the pictures wait for
-# `python -m benchmarks.report`.
+# `python -m benchmarks report`.
 bench-gpu:
 	@$(PYTHON) -c 'import numpy, torch' || { echo "make bench-gpu needs them beside $(PYTHON)" >&2; exit 1; }
-	$(FROM_CHECKOUT) benchmarks --device cuda $(ARGS)
+	$(FROM_CHECKOUT) benchmarks $(SUITES) --device cuda $(ARGS)
 
-# These three only print; ARGS='--json FILE' keeps the numbers.
-# What launches cost the host, on a GPU that is not there. ARGS='--json benchmarks/results/host.json' keeps the numbers
-# that the page shows, and `python -m benchmarks.report` puts them there.
-bench-host: .venv/dev
-	$(BIN)/python -m benchmarks.host $(ARGS)
-
-bench-systems: .venv/dev
-	$(BIN)/python -m benchmarks.systems $(ARGS)
-
-bench-methods: .venv/dev
-	$(BIN)/python -m benchmarks.methods $(ARGS)
+# What launches cost the host on a GPU that is not there; the penalties of systems that people use; the methods.
+bench-host bench-systems bench-methods: bench-%: .venv/dev
+	$(BIN)/python -m benchmarks $* $(ARGS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .

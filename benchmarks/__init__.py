@@ -1,1 +1,1 @@
-"""How fast, against what people write by hand. Run from the checkout: `make bench`."""
+"""fused_gp against hand-written penalties and other packages: `make bench`, or `python -m benchmarks --help`."""

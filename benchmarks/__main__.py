@@ -1,110 +1,114 @@
 """Time fused_gp against what people use, on this machine.
 
-    python -m benchmarks [--device cpu] [--quick] [--only TEXT] [--rounds N] [--out DIR]
-
-A whole run goes to benchmarks/results/ (JSON and pictures), and from there to docs/benchmarks.md and the README. A
-part of it, --quick or --only, goes to out/benchmarks/.
+python -m benchmarks SUITE [SUITE ...] [options]
+python -m benchmarks compare A.json B.json
+python -m benchmarks report
 """
 
 import argparse
 import os
+import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
-from benchmarks import (
-    bandwidth,
-    cases,
-    footprint,
-    intervals,
-    measure,
-    provenance,
-    report,
-    results,
-    tables,
-    terminal,
-    timing,
-)
-from benchmarks.case import Case
-from benchmarks.options import check_device
-from benchmarks.penalty import TWO_OPS
+import torch
 
-BUDGET = {"op": 1.2, "penalty": 6.0, "training step": 8.0}  # seconds of rounds for a case
-QUICK_BUDGET = {"op": 1.0, "penalty": 2.0, "training step": 3.0}
+from benchmarks import intervals, results, runner, timing
+from benchmarks.cases import SUITES
+from benchmarks.cases.case import Case
+from benchmarks.report import compare, page, terminal
+from benchmarks.report.tables import tables
 
+COMMANDS = {"compare": compare.main, "report": page.main}
+USAGE = """\
+python -m benchmarks SUITE [SUITE ...] [--device cpu] [--quick] [--only TEXT] [--rounds N] [--out DIR]
+       python -m benchmarks compare A.json B.json
+       python -m benchmarks report"""
+EPILOG = """\
+suites:
+{}
 
-def run(
-    chosen: list[Case], device: str, budget: dict[str, float], rounds: int | None, unfinished: Path
-) -> list[dict[str, Any]]:
-    """The rows; those of the cases that are done are in the file `unfinished` if the run breaks off."""
-    about = provenance.provenance(device)
-    rows = []
-    if any("compiled" in name for case in chosen for name in case.contestants()):
-        measure.warm_compiler()
-    copy_gb_s = bandwidth.copy_bandwidth(device)
-    for case in terminal.track([(case.key, case) for case in chosen]):
-        rows += measure.measure(case, device, budget[case.group], rounds, copy_gb_s)
-        results.save(unfinished, [row | about for row in rows])
-    add_peaks(rows, [case for case in chosen if cases.measured_for_memory(case)], device)
-    return [row | about for row in rows]
+ops, penalties and training share one file of rows; methods, systems and host have one each. The file goes to
+benchmarks/results/ if all its suites were run whole, and from there to docs/benchmarks.md and the README. That of a
+part, or with --quick or --only, goes to out/benchmarks/.
+
+other commands, with their own --help:
+  compare     what changed between two runs beyond noise; ends with status 1 where it became worse
+  report      write pictures and pages from the committed runs"""
+QUICK_BUDGET = 1 / 3
 
 
-def add_peaks(rows: list[dict[str, Any]], chosen: list[Case], device: str) -> None:
-    """Nothing is timed meanwhile, so two processes at once do no harm, except on a device, whose memory they share."""
-    jobs = [
-        (case, row)
-        for case in chosen
-        for row in rows
-        if measure.about(case).items() <= row.items() and "ms" in row and row["contestant"] != TWO_OPS
-    ]
-    with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
-        waiting = [(row, pool.submit(footprint.peak_mb, case, row["contestant"], device)) for case, row in jobs]
-        for row, peak in terminal.track([(f"memory: {row['contestant']}", (row, peak)) for row, peak in waiting]):
-            row["peak_mb"] = peak.result()
-
-
-def main() -> None:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[Case]]:
+    """The options, and the cases that they choose."""
+    listed = "\n".join(f"  {name:<12}{str(suite.__doc__).splitlines()[0]}" for name, suite in SUITES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", usage=USAGE, description=str(__doc__).splitlines()[0],
+        epilog=EPILOG.format(listed), formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help="one or more; see below")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda is ROCm too (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="a few cases, and nothing that has to be compiled")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
     least, most = timing.ROUNDS
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        help=f"turns of each contestant, {intervals.LEAST} or more (default: {least} to {most}, by time)",
-    )
-    parser.add_argument("--out", type=Path, help="where JSON and pictures go")
-    options = parser.parse_args()
+    rounds = f"of timings, {intervals.LEAST} or more (default: {least} to {most}, by time)"
+    parser.add_argument("--rounds", type=int, metavar="N", help=rounds)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where JSON and pictures go")
+    options = parser.parse_args(words)
     if options.rounds is not None and options.rounds < intervals.LEAST:
         parser.error(f"--rounds must be {intervals.LEAST} or more, which an interval needs, got {options.rounds}")
-    check_device(parser, options.device)
-    every = (cases.quick if options.quick else cases.cases)(options.device)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA or ROCm device, and torch finds none")
+    every: list[Case] = []
+    for name in dict.fromkeys(options.suites):
+        of_suite = SUITES[name].cases(options.device)
+        if not of_suite:
+            parser.error(f"{name} has no cases for --device {options.device}")
+        every += of_suite
+    if options.quick:
+        every = [replace(case, compiling=False) for case in every if case.quick]
     chosen = [case for case in every if options.only in case.key]
     if not chosen:
-        parser.error(f"no case has {options.only!r} in its name: {', '.join(case.key for case in every)}")
-    whole = not (options.quick or options.only)
-    folder = options.out or (results.COMMITTED if whole else Path("out/benchmarks"))
+        parser.error(f"--only: no case has {options.only!r} in its name:\n" + "\n".join(case.key for case in every))
+    return options, chosen
 
-    path = folder / f"{options.device}.json"
-    unfinished = (options.out or Path("out/benchmarks")) / f"{options.device}.unfinished.json"
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # compile in this run what this run says the time of
-        budget = QUICK_BUDGET if options.quick else BUDGET
-        rows = run(chosen, options.device, budget, options.rounds, unfinished)
-    results.save(path, rows)
-    path.with_suffix(".png").unlink(missing_ok=True)  # the picture of another run
-    unfinished.unlink()
-    terminal.show(tables.tables(results.load(path)))
+
+def measure(options: argparse.Namespace, chosen: list[Case]) -> None:
+    written = []
+    # A first call compiles in the run that says how long it took.
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
+        for file, suites in results.FILES.items():
+            cases = [case for case in chosen if case.suite in suites]
+            if not cases:
+                continue
+            whole = set(suites) <= set(options.suites) and not (options.quick or options.only)
+            folder = options.out or (results.COMMITTED if whole else results.UNCOMMITTED)
+            path = folder / f"{file.format(device=options.device)}.json"
+            unfinished = (options.out or results.UNCOMMITTED) / f"{path.stem}.unfinished.json"
+            budget = QUICK_BUDGET if options.quick else 1.0
+            results.save(path, runner.run(cases, options.device, budget, options.rounds, unfinished))
+            unfinished.unlink()
+            written.append(path)
+    for path in written:
+        rows = results.load(path)
+        terminal.show(tables(rows))
+        print(page.provenance(rows), f"rows: {path}", sep="\n")
+        path.with_suffix(".png").unlink(missing_ok=True)  # the picture of another run
+        page.draw(path)
     if options.quick:
         print("--quick leaves out what has to be compiled: ours and the peers' under torch.compile")
-    print(f"rows: {path}")
-    report.draw(path)
-    if folder == results.COMMITTED:
-        report.write()
+    if any(path.parent == results.COMMITTED for path in written):
+        page.write()
+
+
+def main(words: Sequence[str]) -> int:
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    measure(*parse(words))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Where, when and with what a row was measured."""
+"""Where, when and with what a row was measured: its provenance, and the machine."""
 
 import os
 import platform
@@ -13,7 +13,6 @@ import torch
 def provenance(device: str) -> dict[str, str | float]:
     return {
         "device": device,
-        "machine": machine(device),
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "fused_gp"))
         + f", Python {platform.python_version()}",
         "commit": commit(),

@@ -5,6 +5,15 @@ from pathlib import Path
 from typing import Any
 
 COMMITTED = Path(__file__).parent / "results"
+UNCOMMITTED = Path("out/benchmarks")
+
+# Suites of one file, by its name.
+FILES = {
+    "{device}": ("ops", "penalties", "training"),
+    "{device}_methods": ("methods",),
+    "{device}_systems": ("systems",),
+    "host": ("host",),
+}
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -19,10 +28,11 @@ def load(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def committed(name: str) -> list[dict[str, Any]]:
-    """The suite's run on a "cpu" or a "cuda" device, or the "host" time; empty where none is committed."""
-    path = COMMITTED / f"{name}.json"
-    return load(path) if path.exists() else []
+def committed() -> dict[str, list[dict[str, Any]]]:
+    """The rows of the committed runs, by the name of the file; none where there is no file."""
+    names = [name.format(device=device) for device in ("cpu", "cuda") for name in FILES]
+    paths = {name: COMMITTED / f"{name}.json" for name in names}
+    return {name: load(path) if path.exists() else [] for name, path in paths.items()}
 
 
 def _rounded(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The functional version compiled whole by torch.compile.
 
 Autograd inside a compiled region cannot be differentiated again, so it must be the functional version. Alpha is drawn
-outside, where a seed gives the numbers that it gives everybody.
+outside, where a seed gives the same numbers as in the other forms.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .peer import Peer
+from .implementation import Implementation
 
 
-def peer() -> Peer:
+def peer() -> Implementation:
     """With a graph of its own, at static shapes."""
     penalty_at = torch.compile(functional.penalty_at, fullgraph=True, dynamic=False)
 
@@ -21,4 +21,4 @@ def peer() -> Peer:
         alpha = torch.rand((len(real), *[1] * (real.ndim - 1)), device=real.device).to(real.dtype)
         return penalty_at(critic, real, fake, alpha)
 
-    return Peer(gradient_penalty)
+    return Implementation(gradient_penalty)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .peer import Absent, Peer
+from .implementation import Absent, Implementation
 
 
-def peer() -> Peer:
+def peer() -> Implementation:
     try:
         from ctgan.synthesizers.ctgan import Discriminator
     except ImportError as error:
@@ -21,4 +21,4 @@ def peer() -> Peer:
         attached = fake.detach().requires_grad_()
         return Discriminator.calc_gradient_penalty(critic, attached, real, real.device, group_size, lambda_=1)
 
-    return Peer(gradient_penalty, groups=True)
+    return Implementation(gradient_penalty, groups=True)

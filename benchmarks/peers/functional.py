@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .peer import Peer
+from .implementation import Implementation
 
 
 def penalty_at(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
@@ -22,5 +22,5 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
     return penalty_at(critic, real, fake, alpha)
 
 
-def peer() -> Peer:
-    return Peer(gradient_penalty)
+def peer() -> Implementation:
+    return Implementation(gradient_penalty)

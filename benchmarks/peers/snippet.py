@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .peer import Peer
+from .implementation import Implementation
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
@@ -19,15 +19,11 @@ def norm_penalty(gradients: Tensor) -> Tensor:
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
     alpha = torch.rand(real.size(0), *[1] * (real.ndim - 1), device=real.device).to(real.dtype)
-    return penalty_at(critic, interpolate(real, fake, alpha))
-
-
-def penalty_at(critic: Callable[[Tensor], Tensor], x_hat: Tensor) -> Tensor:
-    x_hat.requires_grad_(True)
+    x_hat = interpolate(real, fake, alpha).requires_grad_(True)
     scores = critic(x_hat)
     gradients = torch.autograd.grad(scores, x_hat, torch.ones_like(scores), create_graph=True, retain_graph=True)[0]
     return norm_penalty(gradients)
 
 
-def peer() -> Peer:
-    return Peer(gradient_penalty, interpolate, norm_penalty)
+def peer() -> Implementation:
+    return Implementation(gradient_penalty, interpolate, norm_penalty)

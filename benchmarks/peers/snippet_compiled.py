@@ -3,12 +3,12 @@
 import torch
 
 from . import snippet
-from .peer import Peer
+from .implementation import Implementation
 
 
-def peer() -> Peer:
+def peer() -> Implementation:
     """With graphs of its own, at static shapes."""
-    return Peer(
+    return Implementation(
         snippet.gradient_penalty,
         torch.compile(snippet.interpolate, fullgraph=True, dynamic=False),
         torch.compile(snippet.norm_penalty, fullgraph=True, dynamic=False),

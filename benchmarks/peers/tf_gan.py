@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .peer import Peer
+from .implementation import Implementation
 
 
 def interpolate(real: Tensor, fake: Tensor, alpha: Tensor) -> Tensor:
@@ -26,5 +26,5 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Ten
     return norm_penalty(gradients)
 
 
-def peer() -> Peer:
-    return Peer(gradient_penalty, interpolate, norm_penalty)
+def peer() -> Implementation:
+    return Implementation(gradient_penalty, interpolate, norm_penalty)

@@ -1,21 +1,21 @@
-"""A whole WGAN-GP training step, as in the paper's algorithm 1: five updates of the critic, one of the generator."""
+"""Whole WGAN-GP training steps: five updates of the critic and one of the generator, the paper's algorithm 1."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import generators
-from benchmarks.case import CallCase, Entry, Step
-from benchmarks.peers import Peer
-from benchmarks.penalty import TWO_OPS, two_ops
+from benchmarks.cases import critics, generators
+from benchmarks.cases.case import CallCase, Case, Entry, Step
+from benchmarks.cases.penalties import two_ops
+from benchmarks.names import CRITIC_UPDATES, NO_PENALTY, TWO_OPS
+from benchmarks.peers import Implementation
 
-CRITIC_UPDATES = 5
 WEIGHT = 10
-NO_PENALTY = "no penalty"
 
 
 class Inputs(NamedTuple):
@@ -27,7 +27,8 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingCase(CallCase):
-    group: ClassVar[str] = "training step"
+    suite = "training"
+    budget = 8.0
     generator: Callable[[], nn.Module] = nn.Identity
     critic: Callable[[], nn.Module] = nn.Identity
 
@@ -41,11 +42,11 @@ class TrainingCase(CallCase):
         generator, critic = (copy.deepcopy(module).double() for module in (inputs.generator, inputs.critic))
         return Inputs(generator, critic, inputs.real.double(), inputs.latent.double())
 
-    def enter(self, peer: Peer, inputs: Inputs) -> Entry:
-        run = Run(inputs, peer.gradient_penalty)
-        return Entry(run.critic_gradients, run.step)
+    def enter(self, implementation: Implementation, inputs: Inputs) -> Entry:
+        training = Training(inputs, implementation.gradient_penalty)
+        return Entry(training.critic_gradients, training.step)
 
-    def yardsticks(self, inputs: Inputs) -> dict[str, Step]:
+    def baselines(self, inputs: Inputs) -> dict[str, Step]:
         ops = two_ops(inputs.real, inputs.real.flip(0))
 
         def as_often() -> list[Tensor]:
@@ -53,11 +54,11 @@ class TrainingCase(CallCase):
                 out = ops()
             return out
 
-        return {NO_PENALTY: Run(inputs, None).step, TWO_OPS: as_often}
+        return {NO_PENALTY: Training(inputs, None).step, TWO_OPS: as_often}
 
 
-class Run:
-    """One training, with modules and optimisers of its own."""
+class Training:
+    """With modules and optimisers of its own."""
 
     def __init__(self, inputs: Inputs, penalty: Callable[..., Tensor] | None) -> None:
         self.generator, self.critic = copy.deepcopy(inputs.generator), copy.deepcopy(inputs.critic)
@@ -88,3 +89,12 @@ class Run:
         """Of the first update: Adam would make of a rounding error in a gradient near zero a whole step."""
         loss = self.critic_loss()
         return [loss, *torch.autograd.grad(loss, list(self.critic.parameters()))]
+
+
+def cases(device: str) -> list[Case]:
+    batch = 32 if device == "cpu" else 128
+    dcgan, dcgan_generator = partial(critics.dcgan, 32), partial(generators.dcgan, 32)
+    return [
+        TrainingCase("MLP", (256, 2), generator=generators.points, critic=partial(critics.mlp, 2), quick=True),
+        TrainingCase("DCGAN", (batch, 3, 32, 32), generator=dcgan_generator, critic=dcgan),
+    ]

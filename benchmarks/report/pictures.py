@@ -10,31 +10,25 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.bandwidth import COPIES
-from benchmarks.ops import BOTH
-from benchmarks.ours import COMPILED, OURS
-from benchmarks.peers import COMPILED_CALL, PEERS
-from benchmarks.tables import Contest, contests, shape
+from benchmarks.names import BOTH, COMPILED, COMPILED_CALL, COMPILED_OPS, COPIES, OURS, SNIPPET, TIDY
+from benchmarks.report.case_rows import CaseRows, Row, by_case
 
-COLOURS = {OURS: "#d1495b", COMPILED: "#8c1c13", COPIES: "#000000"} | {
-    name: colour
-    for name, colour in zip(
-        PEERS, ["#003f5c", "#2f6c8f", "#5aa9c9", "#7a9e7e", "#8f6fb1", "#c9a227", "#d98032", "#a0a0a0"], strict=True
-    )
-}
+PEERS = {
+    SNIPPET: "#003f5c", "norm(2, 1)": "#2f6c8f", TIDY: "#5aa9c9", "TF-GAN": "#7a9e7e", "torch.func": "#8f6fb1",
+    COMPILED_CALL: "#c9a227", COMPILED_OPS: "#d98032", "ctgan": "#a0a0a0",
+}  # fmt: skip
+COLOURS = {OURS: "#d1495b", COMPILED: "#8c1c13", COPIES: "#000000"} | PEERS
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> bool:
+def draw(rows: list[Row], path: Path) -> bool:
     """Whether any of the rows are such that a picture shows."""
-    every = contests(rows)
-    one = [
-        contest for contest in every if contest.dtype == "float32" and (contest.group != "op" or contest.name == BOTH)
-    ]
-    ops = [contest for contest in one if contest.group == "op"]
-    calls = [contest for contest in one if contest.group != "op"]
+    every = by_case(rows)
+    one = [case for case in every if case.dtype == "float32" and (case.suite != "ops" or case.name == BOTH)]
+    ops = [case for case in one if case.suite == "ops"]
+    calls = [case for case in one if case.suite != "ops"]
     if not one:
         return False
-    remembered = [contest for contest in every if any("peak_mb" in row for row in contest.rows.values())]
+    has_memory = [case for case in every if case.has_memory]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])
@@ -49,23 +43,23 @@ def draw(rows: list[dict[str, Any]], path: Path) -> bool:
         ratios(axes, some, title)
     if ops:
         sizes(middle.subplots(), ops)
-    if remembered:
-        for axes, contest in zip(bottom.subplots(1, len(remembered), squeeze=False)[0], remembered, strict=True):
-            peaks(axes, contest)
+    if has_memory:
+        for axes, case in zip(bottom.subplots(1, len(has_memory), squeeze=False)[0], has_memory, strict=True):
+            peaks(axes, case)
     figure.savefig(path, dpi=90)
     plt.close(figure)
     return True
 
 
-def ratios(axes: Axes, some: list[Contest], title: str) -> None:
+def ratios(axes: Axes, some: list[CaseRows], title: str) -> None:
     """Bars of each peer's time over ours, with the interval of the ratio; beyond the line ours is faster."""
     place = 0.0
     ticks = []
-    for contest in some:
+    for case in some:
         start = place
         for name in PEERS:
-            over = COMPILED if name == COMPILED_CALL and COMPILED in contest.rows else OURS
-            found = contest.rows.get(name, {}).get(f"over {over}")
+            over = COMPILED if name == COMPILED_CALL and COMPILED in case.rows else OURS
+            found = case.rows.get(name, {}).get(f"over {over}")
             if found is None:
                 continue
             value, low, high = found
@@ -75,8 +69,8 @@ def ratios(axes: Axes, some: list[Contest], title: str) -> None:
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
             place += 1
-        label = shape(contest.shape) if contest.group == "op" else f"{contest.name}\n{shape(contest.shape)}"
-        if contest.group == "training step":
+        label = case.size if case.suite == "ops" else f"{case.name}\n{case.size}"
+        if case.suite == "training":
             label = f"training step, {label}"
         ticks.append(((start + place - 1) / 2, label))
         place += 1
@@ -90,30 +84,30 @@ def ratios(axes: Axes, some: list[Contest], title: str) -> None:
     axes.legend(unique.values(), unique.keys(), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
 
 
-def sizes(axes: Axes, ops: list[Contest]) -> None:
-    """Time against size; the roof is the bytes that the step has to move, at the speed of copying."""
-    ordered = sorted(ops, key=lambda contest: prod(contest.shape))
-    what = "device_ms" if any("device_ms" in contest.rows[OURS] for contest in ordered) else "ms"
+def sizes(axes: Axes, ops: list[CaseRows]) -> None:
+    """Time against size; the dashed line is the bytes that the step has to move, at copy bandwidth."""
+    ordered = sorted(ops, key=lambda case: prod(case.shape))
+    what = "device_ms" if any("device_ms" in case.rows[OURS] for case in ordered) else "ms"
     for name in (OURS, *PEERS, COPIES):
         points = [(prod(c.shape), c.rows[name][what][0]) for c in ordered if what in c.rows.get(name, {})]
         if points:
             label = f"{name} of as many bytes" if name == COPIES else name
             axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=label, markersize=3, linewidth=1.5)
-    roof = [(prod(c.shape), 1e-6 * c.rows[OURS]["bytes"] / c.rows[OURS]["copy_gb_s"]) for c in ordered]
-    axes.plot(*zip(*roof, strict=True), "--", color="grey", label="the same bytes at copy bandwidth")
+    bound = [(prod(c.shape), 1e-6 * c.rows[OURS]["bytes"] / c.rows[OURS]["copy_gb_s"]) for c in ordered]
+    axes.plot(*zip(*bound, strict=True), "--", color="grey", label="the same bytes at copy bandwidth")
     axes.set(xscale="log", yscale="log", xlabel="elements of the batch, fp32", ylabel="milliseconds")
-    axes.set_ylim(bottom=0.3 * min(c.rows[OURS][what][0] for c in ordered))  # below it the roof says nothing
+    axes.set_ylim(bottom=0.3 * min(c.rows[OURS][what][0] for c in ordered))  # below it the bound is of no interest
     axes.set_title("interpolation + penalty, forward and backward: time against size", fontsize=11)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
 
 
-def peaks(axes: Axes, contest: Contest) -> None:
-    found = {name: row["peak_mb"] for name, row in contest.rows.items() if "peak_mb" in row}
+def peaks(axes: Axes, case: CaseRows) -> None:
+    found = {name: row["peak_mb"] for name, row in case.rows.items() if "peak_mb" in row}
     colours = [COLOURS.get(name, COLOURS[OURS]) for name in found]
     bars = axes.barh(list(found), list(found.values()), color=colours)
     axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_title(f"peak memory, MB:\n{contest.label}", fontsize=10)
+    axes.set_title(f"peak memory, MB:\n{case.label}", fontsize=10)

@@ -1,0 +1,128 @@
+"""Pictures, docs/benchmarks.md and the README's numbers, made of the runs committed in benchmarks/results/."""
+
+import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.report import readme
+from benchmarks.report.case_rows import Row, by_case
+from benchmarks.report.readme import UNMEASURED
+from benchmarks.report.tables import Table, table, tables
+
+ROOT = Path(__file__).parent.parent.parent
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+Runs = dict[str, list[Row]]  # by the file's name
+
+HEAD = """\
+# Benchmarks
+
+`make bench`, `make bench-methods`, `make bench-systems` and `make bench-host` measured this page and wrote it
+(`python -m benchmarks report` writes it from the committed runs). With `ARGS=--quick` they measure a few cases on your
+machine. `python -m benchmarks compare A.json B.json` says what changed between two runs beyond noise.
+
+- **Peers** ([benchmarks/peers](../benchmarks/peers)) are what people use, each in its best form: the snippet that is
+  copied from one repository to the next; `norm(2, 1)` without an epsilon; a tidy version of `lerp` and `vector_norm`;
+  TF-GAN's formula; `torch.func.grad`; the same under `torch.compile`, and the snippet's two ops under it; and the
+  package `ctgan`'s own method.
+- **Correctness first.** Value and gradients of every implementation are compared with the reference in fp64 from the
+  same inputs and alphas; one that is wrong, or cannot run here, is not timed, and listed.
+- **Interleaved.** All run in one process, round after round, each in random order, so that a change of the machine's
+  speed affects all. A ratio is taken round by round; its median stands with the interval of order statistics that
+  holds the true median in 95 % of all draws. Autograd is timed against autograd, compiled against compiled.
+- **Bytes moved.** Each op has to move so many bytes ([the model](../benchmarks/cases/bytes_moved.py)). GB/s are these
+  over the time, "of copying" is the share of what a large copy reached in the same run (batches in cache may exceed
+  it), and "plain copies" copy as many bytes into freshly allocated tensors.
+- Peak memory is that of one step in a process of its own. The first call, which compiles, is not part of any time.
+"""
+
+
+def page(runs: Runs) -> str:
+    parts = [HEAD]
+    for name, device in (("CPU", "cpu"), ("GPU", "cuda")):
+        parts.append(f"## {name}\n")
+        if not runs[device]:
+            parts.append(f"{UNMEASURED}\n" if name == "GPU" else "Not measured yet.\n")
+        for file in (device, f"{device}_methods", f"{device}_systems", *(["host"] if name == "GPU" else [])):
+            parts += section(file, runs[file])
+    return "\n".join(parts)
+
+
+def section(file: str, rows: list[Row]) -> list[str]:
+    """Of one run."""
+    if not rows:
+        return []
+    parts = [f"{provenance(rows)}{copying(rows)}\n"]
+    if picture(file):
+        parts.append(f"![The tables below as pictures](../benchmarks/results/{file}.png)\n")
+    return parts + [titled(table) for table in [*tables(rows), first_calls(rows)] if table.rows]
+
+
+def titled(table: Table) -> str:
+    return "\n".join([f"### {table.title}\n", *([f"{table.note}\n"] if table.note else []), table.markdown()])
+
+
+def provenance(rows: list[Row]) -> str:
+    row = rows[0]
+    return (
+        f"{row['machine']}; {row['versions']}; commit {row['commit']}, {row['date']}; load of the machine before it "
+        f"began: {row['load']}."
+    )
+
+
+def copying(rows: list[Row]) -> str:
+    reached = next((row["copy_gb_s"] for row in rows if "copy_gb_s" in row), None)
+    return "" if reached is None else f" Copying reaches {reached:.1f} GB/s, read and written."
+
+
+def first_calls(rows: list[Row]) -> Table:
+    """What compiling takes, once. A training step finds graphs of the penalties before it, and is left out."""
+    calls = [
+        {"suite": case.suite, "case": case.label, "": name, "seconds": f"{row['first_call_s']:.1f}"}
+        for case in by_case(rows)
+        for name, row in case.rows.items()
+        if "compiled" in name and "ms" in row and "first_call_s" in row and case.suite != "training"
+    ]
+    note = (
+        "Each run begins with an empty cache of compiled graphs; a case may find there a graph of one before it, as "
+        "the training steps do, which are left out."
+    )
+    return table("The first call, seconds", note, calls)
+
+
+def picture(file: str) -> bool:
+    """Whether pictures are drawn of this file's run."""
+    return file in ("cpu", "cuda")
+
+
+def draw(path: Path) -> None:
+    """The page of pictures, beside the rows."""
+    if not picture(path.stem):
+        return
+    if find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is missing. Where it is installed, `python -m benchmarks report` draws them")
+        return
+    from benchmarks.report import pictures
+
+    if pictures.draw(results.load(path), path.with_suffix(".png")):
+        print(f"pictures: {path.with_suffix('.png')}")
+    else:
+        print("no pictures: they are of fp32, of the two ops together and of critics")
+
+
+def write() -> None:
+    runs = results.committed()
+    PAGE.write_text(page(runs))
+    README.write_text(readme.readme(README.read_text(), runs))
+    print(f"pages: {PAGE.relative_to(ROOT)}, {README.name}")
+
+
+def main(words: Sequence[str]) -> int:
+    assert __doc__ is not None
+    argparse.ArgumentParser("python -m benchmarks report", description=__doc__).parse_args(words)
+    for name, rows in results.committed().items():
+        if rows:
+            draw(results.COMMITTED / f"{name}.json")
+    write()
+    return 0

@@ -1,0 +1,97 @@
+"""The parts of the README that are numbers, between markers."""
+
+from benchmarks.names import BOTH, OURS, SNIPPET, is_ours, is_peer
+from benchmarks.report.case_rows import CaseRows, Row, by_case, interval, span
+from benchmarks.report.losses import lost
+from benchmarks.report.tables import TINY, extremes, methods, table
+
+END = "<!-- end -->"
+PAGE = "[The page of benchmarks](docs/benchmarks.md)"
+UNMEASURED_HERE = "Not measured yet.\n"
+UNMEASURED = "**GPU times have not been measured yet.**"
+
+
+def begin(name: str) -> str:
+    return f"<!-- {name}: written by python -m benchmarks report -->"
+
+
+def readme(text: str, runs: dict[str, list[Row]]) -> str:
+    parts = {
+        "methods": of_methods(runs["cpu_methods"]),
+        "numbers": numbers(runs["cpu"], runs["cuda"]),
+        "systems": of_systems(runs["cpu_systems"]),
+    }
+    for name, part in parts.items():
+        before, rest = text.split(begin(name) + "\n")
+        text = f"{before}{begin(name)}\n\n{part}\n{rest[rest.index(END) :]}"
+    return text
+
+
+def measured_on(rows: list[Row]) -> str:
+    row = rows[0]
+    return f"Measured on {row['machine']} ({row['versions'].split(',')[0]}, commit {row['commit']})"
+
+
+def numbers(cpu: list[Row], cuda: list[Row]) -> str:
+    """The two ops against the snippet, and against the fastest of the peers."""
+    parts = []
+    for rows in filter(None, (cpu, cuda)):
+        cases = by_case(rows)
+        chosen = [case for case in cases if case.suite == "ops" and case.name == BOTH and case.dtype == "float32"]
+        parts.append(
+            f"{measured_on(rows)}: the interpolation, and the penalty forward and backward, in fp32; the peer's time "
+            f"divided by ours, with the 95 % interval of the median.\n\n"
+            f"{table('', '', [against_peers(case) for case in chosen]).markdown()}\n"
+            f"{PAGE} has all peers, critics, types and sizes, training steps, memory, and the "
+            f"{sum(1 for _ in lost(cases))} comparisons that a peer wins.\n"
+        )
+    if not cuda:
+        parts.append(
+            f"{UNMEASURED} The kernels are compiled for NVIDIA sm_75 to sm_120 and AMD gfx90a, gfx942\n"
+            "and gfx1100 in the tests, where what comes out is compared with a budget, and run there under Triton's\n"
+            "interpreter; `make test-gpu` runs the same tests on a device, and `make bench-gpu` measures it.\n"
+        )
+    return "\n".join(parts)
+
+
+def against_peers(case: CaseRows) -> dict[str, str]:
+    found = {name: row[f"over {OURS}"] for name, row in case.rows.items() if is_peer(name) and "ms" in row}
+    fastest = min(found, key=lambda name: found[name][0])
+    return {
+        "shape": case.size, "the lines above / ours": case.ratio(SNIPPET),
+        "the fastest peer": fastest, "its time / ours": interval(found[fastest]),
+    }  # fmt: skip
+
+
+def of_methods(rows: list[Row]) -> str:
+    """The tables of the ViT; of the other critics the least and the most."""
+    if not rows:
+        return UNMEASURED_HERE
+    cases = by_case(rows)
+    vit, others = ([case for case in cases if (case.name == "ViT") == wanted] for wanted in (True, False))
+    ours = [(case, name) for case in others for name, row in case.rows.items() if is_ours(name) and "ms" in row]
+    times = [case.value(name, f"over {SNIPPET}") for case, name in ours]
+    peaks = [(case.value(name, "peak_mb"), case.value(SNIPPET, "peak_mb")) for case, name in ours]
+    shares = [peak / whole for peak, whole in peaks if peak and whole]
+    parts = [f"{measured_on(rows)}; batch {vit[0].shape[0]}.\n"]
+    in_rounds, against_batch = methods(vit)
+    parts += [in_rounds.markdown(), f"Peak memory against batch, MB:\n\n{against_batch.markdown()}"]
+    parts.append(
+        "On the conv nets of [the page of benchmarks](docs/benchmarks.md) the methods take "
+        f"{span(times)} times as long as the snippet, and {span(shares)} times its memory.\n"
+    )
+    return "\n".join(parts)
+
+
+def of_systems(rows: list[Row]) -> str:
+    if not rows:
+        return UNMEASURED_HERE
+    cases = by_case(rows)
+    ms = [case.value(OURS, "ms") for case in cases if case.shape == TINY]
+    return (
+        f"{measured_on(rows)}: their time divided by ours, round by round; the median of each penalty, from the least "
+        f"of the {len({case.name for case in cases})} to the most.\n\n{extremes(cases).markdown()}\n"
+        f"On a problem as small as the second, where a step of ours takes {span(ms)} ms, a step is Python and small "
+        "operations alone, and ours\nchecks its arguments and chooses the method in that time, which neither of the "
+        "others does.\n"
+    )

@@ -1,0 +1,117 @@
+"""The one runner: check, time and measure cases, and write the rows as they come."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import intervals, peak_memory, progress, provenance, results, timing
+from benchmarks.cases.bytes_moved import copy_bandwidth
+from benchmarks.cases.case import Case
+from benchmarks.correctness import CorrectnessCheck
+from benchmarks.names import TWO_OPS
+from benchmarks.timing import Timing
+
+Row = dict[str, Any]
+
+
+def run(cases: list[Case], device: str, budget: float, rounds: int | None, unfinished: Path) -> list[Row]:
+    """The rows; those that are measured are in the file `unfinished` if the run breaks off.
+
+    `budget` is the part of each case's budget that is used.
+    """
+    about = provenance.provenance(device)
+    rows: list[Row] = []
+    if any("compiled" in name for case in cases for name in case.implementations()):
+        _warm_compiler()
+    copy_gb_s = copy_bandwidth(device) if any(case.bytes_moved() for case in cases) else None
+    for case in progress.track([(case.key, case) for case in cases]):
+        rows += [row | about for row in measure(case, device, budget * case.budget, rounds, copy_gb_s)]
+        results.save(unfinished, rows)
+    for _ in add_peaks(rows, cases, device):
+        results.save(unfinished, rows)
+    return rows
+
+
+def measure(case: Case, device: str, budget: float, rounds: int | None, copy_gb_s: float | None) -> list[Row]:
+    if not case.timed:
+        machine = {"machine": provenance.machine(device)}
+        return [case.about | {"implementation": name} | machine for name in case.implementations()]
+    torch._dynamo.reset()  # no case's graphs count against another's
+    with case.prepared(device) as inputs:
+        check = CorrectnessCheck(case, inputs, device)
+        entered = {name: check.enter(name, make) for name, make in case.implementations().items()}
+        steps = {name: step for name, (step, _) in entered.items() if step}
+        rows = [row for _, row in entered.values()]
+        baselines = case.baselines(inputs)
+        rows += [case.about | {"implementation": name} for name in baselines]
+        steps |= baselines
+        number, timings = timing.interleaved(steps, device, budget, rounds, case.clock)
+        for row in rows:
+            row["machine"] = provenance.machine(device)
+            name = row["implementation"]
+            if name in timings:
+                row |= {"rounds": len(timings[name]), "steps": number[name], **_times(name, timings, case, device)}
+                if device != "cpu":
+                    row["launches"] = _launches(steps[name])
+                moved = case.bytes_moved()
+                if moved is not None:
+                    busy = row["ms" if device == "cpu" else "device_ms"][0]
+                    row |= {"bytes": moved, "gb_s": 1e-6 * moved / busy, "copy_gb_s": copy_gb_s}
+    return rows
+
+
+def _times(name: str, timings: dict[str, list[Timing]], case: Case, device: str) -> Row:
+    """Medians with their intervals: milliseconds, and the ratios to other implementations, taken round by round."""
+
+    def ms(what: str) -> list[float]:
+        return [1e3 * seconds for seconds in intervals.median([getattr(timing, what) for timing in timings[name]])]
+
+    def ratio(base: str, what: str) -> list[float]:
+        pairs = zip(timings[name], timings[base], strict=True)
+        return list(intervals.median([getattr(a, what) / getattr(b, what) for a, b in pairs]))
+
+    bases = [base for base in case.bases if base in timings and base != name]
+    row: Row = {"ms": ms("total"), **{f"over {base}": ratio(base, "total") for base in bases}}
+    if device == "cpu":
+        return row | {"fresh_mb": 1e-6 * intervals.median([timing.fresh for timing in timings[name]]).value}
+    row |= {"host_ms": ms("host"), "device_ms": ms("device")}
+    return row | {f"device, over {base}": ratio(base, "device") for base in bases}
+
+
+def _launches(step: Callable[[], object]) -> int:
+    """Kernels, copies and fills on the device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def add_peaks(rows: list[Row], cases: list[Case], device: str) -> Iterator[Row]:
+    """Peak memory, of the cases that ask for it; yields each row that has it now.
+
+    Nothing is timed meanwhile, so two processes at once do no harm, except on a device, whose memory they share.
+    """
+    jobs = [
+        (case, row)
+        for case in cases
+        for row in rows
+        if case.memory
+        and case.about.items() <= row.items()
+        and ("ms" in row or not case.timed)
+        and row["implementation"] != TWO_OPS
+    ]
+    with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
+        waiting = [(row, pool.submit(peak_memory.peak_mb, case, row["implementation"], device)) for case, row in jobs]
+        labels = (f"memory: {case.key}, {row['implementation']}" for case, row in jobs)
+        for row, peak in progress.track(list(zip(labels, waiting, strict=True))):
+            row["peak_mb"] = peak.result()
+            yield row
+
+
+def _warm_compiler() -> None:
+    """What the compiler does once in a process is not part of the first implementation's first call."""
+    x = torch.ones(8, requires_grad=True)
+    torch.compile(lambda x: x.sin().sum())(x).backward()

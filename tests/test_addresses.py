@@ -8,10 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from virtual_memory import virtual_memory
 
 from fused_gp import kernels
 from fused_gp.form import PenaltyForm, accumulation_type
+from tests.virtual_memory import virtual_memory
 
 TILE = 8192  # bytes; the widths around one, and below and above those at which rows are split, are where grids change
 

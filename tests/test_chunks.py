@@ -8,13 +8,13 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_methods import ONCE, TOGETHER, UNKNOWN, Conditional, MinibatchStd, conv, mlp
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import fused_gp
 from fused_gp import GradientPenalty, fused_gradient_penalty, r1_penalty, reference
 from fused_gp.critics import autograd_graph as graph
+from tests.test_methods import ONCE, TOGETHER, UNKNOWN, Conditional, MinibatchStd, conv, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,14 +22,13 @@ from fused_gp import fused_gradient_penalty, r1_penalty, reference
 from fused_gp.critics import autograd_graph as graph
 from fused_gp.critics import critic as known_critics
 from fused_gp.methods.partition import GradientInForward
-
-from conftest import COMPILES, Graphs
+from tests.support.compiling import COMPILES, Graphs
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), *COMPILES]
 
 
 @pytest.fixture(autouse=True)
-def _one_graph(_no_graph_is_known):
+def _one_graph(_fresh_compiler):
     yield
     assert not counters["graph_break"]
 

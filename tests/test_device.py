@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_parity import assert_same_to_second_order, gradients_like
-from test_traced import captured_step, mlp, pair, with_gradients
 
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, r1_penalty, reference
-
-from conftest import COMPILES, Place
-from tolerances import assert_near
+from tests.support.compiling import COMPILES
+from tests.support.places import Place
+from tests.support.tolerances import assert_near
+from tests.test_parity import assert_same_to_second_order, gradients_like
+from tests.test_traced import captured_step, mlp, pair, with_gradients
 
 pytestmark = [
     pytest.mark.gpu,

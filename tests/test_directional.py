@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from test_methods import Checkpointed, MinibatchStd, ViT, conv, mlp
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrizations import spectral_norm
@@ -19,8 +18,8 @@ from fused_gp.critics import autograd_graph as graph
 from fused_gp.methods import directional
 from fused_gp.methods.directional import SPACING
 from fused_gp.ops import torch_ops
-
-from conftest import PLACES
+from tests.support.places import PLACES
+from tests.test_methods import Checkpointed, MinibatchStd, ViT, conv, mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

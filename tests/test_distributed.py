@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_worker
 import pytest
 import torch
+
+from tests import distributed_worker
 
 ROOT = Path(__file__).parents[1]
 

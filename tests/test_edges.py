@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fused_gp import gradient_norm_penalty, interpolate, reference
-
-from tolerances import assert_near
+from tests.support.tolerances import assert_near
 
 FORMS = [{}, {"one_sided": True}, {"squared": True}, {"reduction": "none"}]
 

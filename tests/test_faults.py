@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 import fused_gp
 from fused_gp import GradientPenalty, fused_gradient_penalty, r1_penalty, reference
-
-from tolerances import TOLERANCE, assert_near, row
+from tests.support.tolerances import TOLERANCE, assert_near
+from tests.support.tolerances import table_row as row
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 OTHERS = [torch.int64, torch.uint8, torch.bool, torch.complex64]

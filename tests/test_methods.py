@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from test_critics import MinibatchStd, Recurrent
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,8 +16,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from fused_gp import fused_gradient_penalty, reference
-
-from conftest import COMPILES
+from tests.support.compiling import COMPILES
+from tests.test_critics import MinibatchStd, Recurrent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,9 @@ from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate,
 from fused_gp.form import accumulation_type
 from fused_gp.ops import torch_ops
 from fused_gp.ops.rows import storage_order, to_rows
-
-from conftest import PLACES, Place
-from tolerances import assert_near, row
+from tests.support.places import PLACES, Place
+from tests.support.tolerances import assert_near
+from tests.support.tolerances import table_row as row
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

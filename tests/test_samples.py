@@ -16,8 +16,8 @@ from fused_gp import (
     r1_penalty,
     reference,
 )
-
-from tolerances import assert_near, row
+from tests.support.tolerances import assert_near
+from tests.support.tolerances import table_row as row
 
 Graph = namedtuple("Graph", ["nodes", "edges"])
 

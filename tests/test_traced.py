@@ -25,8 +25,7 @@ from fused_gp import (
 )
 from fused_gp.critics.critic import Critic
 from fused_gp.methods.reruns import Reruns
-
-from conftest import COMPILES, Graphs
+from tests.support.compiling import COMPILES, Graphs
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), *COMPILES]
 

@@ -422,7 +422,7 @@ def test_the_readme_shows_this_matrix():
         pair = tuple("error" if name in row.errors else "yes" for name in columns[4:])
         cells.append(way.get(pair, "with double_backward" if pair[0] == "yes" else "with directional"))
         assert shown.pop(kind) == cells
-    assert shown == {  # these are tests/test_distributed.py
+    assert shown == {  # tested in tests/distributed/test_ddp_and_fsdp.py
         "DDP, smooth": ["yes", "error", "yes", "double_backward", "yes"],
         "FSDP2 (`fully_shard`), smooth": ["error", "error", "yes", "directional", "error"],
         "FSDP2 (`fully_shard`), ReLU": ["error"] * 5,

@@ -1,8 +1,6 @@
-"""What an import costs, and what is installed, seen from processes of their own."""
+"""The wheel: the files in it, and that it works when it is installed."""
 
-import os
 import shutil
-import subprocess
 import sys
 import venv
 import zipfile
@@ -10,48 +8,18 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.processes import ROOT, run_compiled
 
 
 def run(*command, **options):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
+    done = run_compiled(*command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_import_loads_no_triton_and_makes_no_cuda_context():
-    code = (
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import fused_gp\n"
-        "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
-        "fused_gp.fused_gradient_penalty(lambda x: x.square().sum(1), torch.ones(2, 2), torch.zeros(2, 2))\n"
-        "assert 'triton' not in sys.modules and 'fused_gp.kernels' not in sys.modules\n"
-        "assert not torch.cuda.is_initialized()\n"
-        "assert loaded <= {'fused_gp'} | set(sys.stdlib_module_names), loaded\n"
-    )
-    run(sys.executable, "-c", code)
-
-
-def test_public_names():
-    import fused_gp
-
-    for name in fused_gp.__all__:
-        assert getattr(fused_gp, name).__doc__
-    assert not [name for name in vars(fused_gp.reference) if name.endswith("penalty") and not hasattr(fused_gp, name)]
-
-
-def test_bug_report():
-    printed = run(sys.executable, "-m", "fused_gp")
-    assert "torch" in printed
-    assert "cpu" in printed
-    assert "parity passed" in printed
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built as for PyPI, from a copy of the files that make it, in the environment at hand."""
+    """Built as for PyPI, from a copy of the files that belong to it, with the packages of this environment."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("fused_gp", "kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -71,12 +39,12 @@ def test_wheel_holds_the_kernels_inside_the_package(wheel):
 
 
 def test_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
-    """Beside a torch that is there already; no top-level module named `kernels` comes with it."""
+    """With the torch of this environment; it installs no top-level module named `kernels`."""
     venv.create(tmp_path / "venv", with_pip=True, system_site_packages=False)
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", str(wheel))
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    # The packages of this environment come after its own, so that `import fused_gp` finds the wheel's.
+    # The packages of this environment come after those of the new one, so that `import fused_gp` finds the wheel's.
     here = run(sys.executable, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     (site / "borrowed.pth").write_text(here)
     code = (

@@ -1,8 +1,8 @@
-"""What test_distributed.py starts with torchrun: every case on every rank in one process group, findings as JSON.
+"""Run by tests/distributed/test_ddp_and_fsdp.py with torchrun: every case on every rank of one process group.
 
-A case gives two lists of tensors: what this rank has in the end, and what one process has after the same on the joined
-batch. Its finding is how far apart they are, on the worst rank, and how far the ranks are from one another; or the
-error that it raised, which every rank must have raised.
+A case returns two lists of tensors: those of this rank, and those of one process that computes the same on the joined
+batch. Its result is the largest relative error of a rank, and the largest difference between ranks; or the error that
+it raised, which must be the same on every rank. Results are written as JSON.
 """
 
 import datetime
@@ -42,12 +42,10 @@ def case(name):
     return register
 
 
-class WithSpare(nn.Module):
-    """It has parameters that it does not use."""
-
+class WithUnusedParameters(nn.Module):
     def __init__(self, net):
         super().__init__()
-        self.net, self.spare = net, nn.Linear(3, 2).double()
+        self.net, self.unused = net, nn.Linear(3, 2).double()
 
     def forward(self, x):
         return self.net(x)
@@ -59,22 +57,22 @@ def smooth(activation=nn.SiLU, dtype=torch.float64):
     return nn.Sequential(*layers).to(dtype)
 
 
-def kinked():
+def not_smooth():
     return smooth(nn.LeakyReLU)
 
 
-def with_spare():
-    return WithSpare(smooth())
+def with_unused_parameters():
+    return WithUnusedParameters(smooth())
 
 
 def normalised():
-    """Its buffers, which DDP broadcasts at every forward, take a step at each."""
+    """DDP broadcasts its buffers at every forward, and each forward changes them."""
     torch.manual_seed(1)
     return nn.Sequential(spectral_norm(nn.Linear(WIDTH, 8)), nn.SiLU(), spectral_norm(nn.Linear(8, 1))).double()
 
 
 def samples(dtype=torch.float64):
-    """Real, fake and alpha: given, so that joined and sharded runs have the same."""
+    """Real, fake and alpha; the same alpha for joined and sharded runs."""
     generator = torch.Generator().manual_seed(2)
     real, fake = (torch.randn(BATCH, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
     return (
@@ -84,32 +82,32 @@ def samples(dtype=torch.float64):
     )
 
 
-def rows(part=0, parts=1):
-    """This rank's share of a part of the batch."""
+def rank_rows(part=0, parts=1):
+    """The rows of this rank in a part of the batch."""
     size = BATCH // parts
     share = size // dist.get_world_size()
     start = part * size + dist.get_rank() * share
     return slice(start, start + share)
 
 
-EVERYTHING = slice(0, BATCH)
+ALL_ROWS = slice(0, BATCH)
 
 
-def penalty_of(critic, where, dtype=torch.float64, **options):
+def penalty(critic, where, dtype=torch.float64, **options):
     real, fake, alpha = samples(dtype)
     return fused_gradient_penalty(critic, real[where], fake[where], alpha=alpha[where], weight=10, **options)
 
 
-def terms_of(critic, where, dtype=torch.float64):
+def critic_loss(critic, where, dtype=torch.float64):
     real, fake, _ = samples(dtype)
     return critic(fake[where]).mean() - critic(real[where]).mean()
 
 
-# Whether the critic runs for the penalty before or after it runs for its scores decides what DDP is prepared for.
+# DDP prepares its reducer in each forward, so the order of the two runs of the critic matters.
 LOSSES = {
-    "alone": penalty_of,
-    "penalty first": lambda critic, where, **options: penalty_of(critic, where, **options) + terms_of(critic, where),
-    "scores first": lambda critic, where, **options: terms_of(critic, where) + penalty_of(critic, where, **options),
+    "alone": penalty,
+    "penalty first": lambda critic, where, **options: penalty(critic, where, **options) + critic_loss(critic, where),
+    "scores first": lambda critic, where, **options: critic_loss(critic, where) + penalty(critic, where, **options),
 }
 
 
@@ -132,15 +130,15 @@ def trained(critic, loss, net=None, *, where, call=lambda critic: critic):
         optimizer.zero_grad()
         loss(call(critic), where).backward()
         optimizer.step()
-    # One process leaves out what it does not depend on. The ranks may not: DDP would wait for it.
+    # In one process parameters without a part in the loss have no gradient. On the ranks DDP waits for one.
     return gradients(net or critic, 0.0 if net is None else torch.nan) + weights(net or critic)
 
 
 def training(build, wrap, loss="alone", call=lambda critic: critic, **options):
     """Ours on this rank's share against plain double backward in one process on the whole batch."""
     net = build()
-    ours = trained(wrap(net), lambda c, w: LOSSES[loss](c, w, **options), net, where=rows(), call=call)
-    return ours, trained(build(), LOSSES[loss], where=EVERYTHING)
+    ours = trained(wrap(net), lambda c, w: LOSSES[loss](c, w, **options), net, where=rank_rows(), call=call)
+    return ours, trained(build(), LOSSES[loss], where=ALL_ROWS)
 
 
 def ddp(**options):
@@ -155,12 +153,12 @@ def shard(net, **options):
 
 
 METHODS = {
-    "double_backward": (kinked, {}),
+    "double_backward": (not_smooth, {}),
     "directional": (smooth, {"method": "directional"}),
-    "auto": (kinked, {"method": "auto"}),
-    "chunks": (kinked, {"chunk_size": 2}),
+    "auto": (not_smooth, {"method": "auto"}),
+    "chunks": (not_smooth, {"chunk_size": 2}),
     "chunks, directional": (smooth, {"chunk_size": 2, "method": "directional"}),
-    "chunks, auto": (kinked, {"chunk_size": 3, "method": "auto"}),
+    "chunks, auto": (not_smooth, {"chunk_size": 3, "method": "auto"}),
 }
 for method, (build, options) in METHODS.items():
     for loss in LOSSES:
@@ -171,7 +169,7 @@ for method, options in THREE.items():
     CASES[f"ddp, small buckets: {method}"] = lambda o=options: training(smooth, ddp(bucket_cap_mb=1e-6), **o)
     CASES[f"ddp, views: {method}"] = lambda o=options: training(smooth, ddp(gradient_as_bucket_view=True), **o)
     CASES[f"ddp, all found: {method}"] = lambda o=options: training(smooth, ddp(find_unused_parameters=True), **o)
-    CASES[f"ddp, unused: {method}"] = lambda o=options: training(with_spare, ddp(), **o)
+    CASES[f"ddp, unused: {method}"] = lambda o=options: training(with_unused_parameters, ddp(), **o)
     CASES[f"ddp, unused and found: {method}"] = lambda o=options: unused_and_found(**o)
     CASES[f"ddp, static_graph: {method}"] = lambda o=options: training(smooth, ddp(static_graph=True), **o)
     CASES[f"ddp, no_sync: {method}"] = lambda o=options: accumulated(**o)
@@ -179,12 +177,12 @@ for method, options in THREE.items():
 
 
 def unused_and_found(**options):
-    """What nobody uses keeps no gradient, as DDP has it."""
-    ours, truth = training(with_spare, ddp(find_unused_parameters=True), **options)
-    spare = slice(6, 8)
-    assert all(grad.isnan().all() for grad in ours[spare])
-    del ours[spare], truth[spare]
-    return ours, truth
+    """Unused parameters get no gradient, as with DDP alone."""
+    ours, expected = training(with_unused_parameters, ddp(find_unused_parameters=True), **options)
+    unused = slice(6, 8)
+    assert all(grad.isnan().all() for grad in ours[unused])
+    del ours[unused], expected[unused]
+    return ours, expected
 
 
 def accumulated(**options):
@@ -194,8 +192,8 @@ def accumulated(**options):
     for _ in range(STEPS):
         net.zero_grad()
         with critic.no_sync():
-            LOSSES["scores first"](critic, rows(0, 2), **options).backward()
-        LOSSES["alone"](critic, rows(1, 2), **options).backward()
+            LOSSES["scores first"](critic, rank_rows(0, 2), **options).backward()
+        LOSSES["alone"](critic, rank_rows(1, 2), **options).backward()
     alone = smooth()
     LOSSES["scores first"](alone, slice(0, BATCH // 2)).backward()
     LOSSES["alone"](alone, slice(BATCH // 2, BATCH)).backward()
@@ -207,20 +205,20 @@ def lazy(**options):
 
     def run(critic, net, where, **options):
         module = GradientPenalty(r1_penalty, weight=10, every=2, **options)
-        return trained(critic, lambda c, w: terms_of(c, w) + module(c, samples()[0][w]), net, where=where)
+        return trained(critic, lambda c, w: critic_loss(c, w) + module(c, samples()[0][w]), net, where=where)
 
     net = smooth()
-    return run(DistributedDataParallel(net), net, rows(), **options), run(smooth(), None, EVERYTHING)
+    return run(DistributedDataParallel(net), net, rank_rows(), **options), run(smooth(), None, ALL_ROWS)
 
 
 @case("ddp, lazy and alone")
 def _():
-    """A skipped penalty has nothing to go back to, and leaves DDP ready for the next."""
+    """The backward of a skipped penalty reaches no parameter, and leaves DDP ready for the next."""
     net, alone = smooth(), smooth()
     critic = DistributedDataParallel(net)
     for each, module, where in (
-        (critic, GradientPenalty(every=3), rows()),
-        (alone, GradientPenalty(every=3), EVERYTHING),
+        (critic, GradientPenalty(every=3), rank_rows()),
+        (alone, GradientPenalty(every=3), ALL_ROWS),
     ):
         for _ in range(5):
             each.zero_grad()
@@ -239,29 +237,29 @@ def _():
 
 @case("ddp, a lambda")
 def _():
-    return training(kinked, ddp(), call=lambda critic: lambda x: critic(x))
+    return training(not_smooth, ddp(), call=lambda critic: lambda x: critic(x))
 
 
 @case("ddp, its module beside its scores")
 def _():
-    """DDP's own forward prepares it for all that the backward brings."""
+    """DDP's own forward prepares it for the gradients of both terms."""
     net, alone = smooth(), smooth()
     critic = DistributedDataParallel(net)
-    (terms_of(critic, rows()) + penalty_of(net, rows())).backward()
-    LOSSES["scores first"](alone, EVERYTHING).backward()
+    (critic_loss(critic, rank_rows()) + penalty(net, rank_rows())).backward()
+    LOSSES["scores first"](alone, ALL_ROWS).backward()
     return gradients(net), gradients(alone)
 
 
 @case("ddp, one method after the other: directional")
 def _():
-    """Each leaves out other parameters."""
+    """Their penalties do not reach different parameters."""
     net, alone = smooth(), smooth()
     critic = DistributedDataParallel(net)
     for method in ("directional", "double_backward"):
         net.zero_grad()
-        penalty_of(critic, rows(), method=method).backward()
+        penalty(critic, rank_rows(), method=method).backward()
         ours = gradients(net, torch.nan)
-    penalty_of(alone, EVERYTHING).backward()
+    penalty(alone, ALL_ROWS).backward()
     return ours, gradients(alone)
 
 
@@ -271,24 +269,24 @@ def _():
         models = {"D": critic}
         return lambda x: models["D"](x)
 
-    return training(kinked, ddp(), call=in_a_dict)
+    return training(not_smooth, ddp(), call=in_a_dict)
 
 
 @case("ddp, a backward each")
 def _():
-    """Where each follows its own forward."""
+    """Each after its own forward."""
     net, alone = smooth(), smooth()
-    for critic, where in ((DistributedDataParallel(net), rows()), (alone, EVERYTHING)):
-        terms_of(critic, where).backward()
-        penalty_of(critic, where).backward()
+    for critic, where in ((DistributedDataParallel(net), rank_rows()), (alone, ALL_ROWS)):
+        critic_loss(critic, where).backward()
+        penalty(critic, where).backward()
     return gradients(net), gradients(alone)
 
 
 @case("ddp, a critic that has run")
 def _():
-    """input_gradient_penalty knows no critic; its backward is the one of the loss."""
+    """input_gradient_penalty is given no critic; the loss and the penalty have one backward."""
     net, alone = smooth(), smooth()
-    for critic, where in ((DistributedDataParallel(net), rows()), (alone, EVERYTHING)):
+    for critic, where in ((DistributedDataParallel(net), rank_rows()), (alone, ALL_ROWS)):
         x = samples()[0][where].requires_grad_()
         scores = critic(x)
         (scores.mean() + input_gradient_penalty(scores, x)).backward()
@@ -325,16 +323,16 @@ def _():
 
 
 def in_bfloat16(**options):
-    """Against one process under the same autocast, which rounds the same products of other sums."""
+    """Compared with one process under the same autocast, which adds products in another order."""
 
     def run(critic, net, where, **options):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = penalty_of(critic, where, torch.float32, **options)
+            loss = penalty(critic, where, torch.float32, **options)
         loss.backward()
         return gradients(net)
 
     net, alone = smooth(dtype=torch.float32), smooth(dtype=torch.float32)
-    return run(DistributedDataParallel(net), net, rows(), **options), run(alone, alone, EVERYTHING)
+    return run(DistributedDataParallel(net), net, rank_rows(), **options), run(alone, alone, ALL_ROWS)
 
 
 CASES["ddp, bfloat16"] = in_bfloat16
@@ -356,13 +354,13 @@ CASES["fsdp2: chunks, directional"] = lambda: training(smooth, shard, method="di
 CASES["fsdp2, a lambda"] = lambda: training(
     smooth, shard, call=lambda critic: lambda x: critic(x), method="directional"
 )
-CASES["fsdp2, kinked: auto"] = lambda: training(kinked, shard, method="auto")
+CASES["fsdp2, kinked: auto"] = lambda: training(not_smooth, shard, method="auto")
 
 
 @case("fsdp2: r1_penalty")
 def _():
     net, alone = smooth(), smooth()
-    r1_penalty(shard(net), samples()[0][rows()], weight=10, method="directional").backward()
+    r1_penalty(shard(net), samples()[0][rank_rows()], weight=10, method="directional").backward()
     r1_penalty(alone, samples()[0], weight=10).backward()
     return gradients(net), gradients(alone)
 
@@ -370,8 +368,8 @@ def _():
 @case("fsdp2: single precision")
 def _():
     net, alone = smooth(dtype=torch.float32), smooth()
-    penalty_of(shard(net), rows(), torch.float32, method="directional").backward()
-    penalty_of(alone, EVERYTHING).backward()
+    penalty(shard(net), rank_rows(), torch.float32, method="directional").backward()
+    penalty(alone, ALL_ROWS).backward()
     return gradients(net), gradients(alone)
 
 
@@ -384,19 +382,19 @@ def _():
 def _():
     net, alone = smooth(), smooth()
     critic = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
-    penalty_of(critic, rows(), method="directional").backward()
-    penalty_of(alone, EVERYTHING).backward()
+    penalty(critic, rank_rows(), method="directional").backward()
+    penalty(alone, ALL_ROWS).backward()
     with FullyShardedDataParallel.summon_full_params(critic, with_grads=True):
         return [grad.clone() for grad in gradients(critic)], gradients(alone)
 
 
 @case("samples on all ranks, in blocks")
 def _():
-    """What is written into the parts of a DTensor would be lost."""
+    """Writes into blocks of a DTensor would be lost."""
     whole = torch.linspace(-1, 1, BATCH * WIDTH, dtype=torch.float64).view(BATCH, WIDTH)
     sharded = distribute_tensor(whole, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
     found = []
-    torch.use_deterministic_algorithms(True)  # which puts NaN where nobody has written
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     with mock.patch.object(torch_ops, "BLOCK", 2 * WIDTH):
         for samples in (sharded, whole):
             leaf = samples.detach().requires_grad_()
@@ -407,29 +405,29 @@ def _():
     return found
 
 
-def finding(function):
+def result_of(function):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            # DDP's, of a plain double backward too: the weight gradient of a layer with one output comes transposed.
+            # From DDP, for plain double backward too: the weight gradient of a layer with one output is transposed.
             warnings.filterwarnings("ignore", "Grad strides do not match")
-            ours, truth = (torch.cat([t.flatten() for t in tensors]) for tensors in function())
+            ours, expected = (torch.cat([t.flatten() for t in tensors]) for tensors in function())
     except (ValueError, RuntimeError, AssertionError, Warning) as error:
-        mine = f"{type(error).__name__}: {error}"
+        result = f"{type(error).__name__}: {error}"
     else:
         all_ours = [torch.empty_like(ours) for _ in range(dist.get_world_size())]
         dist.all_gather(all_ours, ours)
-        mine = {
-            "off": ((ours - truth).norm() / truth.norm().clamp(min=1e-30)).item(),
-            "apart": max((other - ours).abs().max().item() for other in all_ours),
+        result = {
+            "error": ((ours - expected).norm() / expected.norm().clamp(min=1e-30)).item(),
+            "between ranks": max((other - ours).abs().max().item() for other in all_ours),
         }
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
-    if all(isinstance(each, str) for each in everyones) and len(set(everyones)) == 1:
-        return {"raised": mine}
-    assert all(isinstance(each, dict) for each in everyones), everyones
-    # NaN, a gradient that is missing, is worst of all.
-    return {key: torch.tensor([each[key] for each in everyones]).max().item() for key in mine}
+    results = [None] * dist.get_world_size()
+    dist.all_gather_object(results, result)
+    if all(isinstance(each, str) for each in results) and len(set(results)) == 1:
+        return {"raised": result}
+    assert all(isinstance(each, dict) for each in results), results
+    # The maximum with NaN, of a missing gradient, is NaN.
+    return {key: torch.tensor([each[key] for each in results]).max().item() for key in result}
 
 
 def main(out):
@@ -437,10 +435,10 @@ def main(out):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
     found = {}
     for name, function in CASES.items():
-        found[name] = finding(function)
+        found[name] = result_of(function)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found, indent=1))
-    # What still refers to the group, DDP in its cycles, goes before it does: gloo's threads must not outlive Python.
+    # DDP, in reference cycles, still refers to the group: freed before the group is, or gloo's threads outlive Python.
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()

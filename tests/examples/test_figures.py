@@ -1,15 +1,23 @@
-"""The figures' claims: on the full runs' numbers, which docs/figures.md shows, and on short runs of the programs."""
+"""The claims of docs/figures.md, on the numbers of the full runs that it shows and on short runs of the programs."""
 
 import json
 import statistics
-from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.processes import ROOT
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+pytest.importorskip("scipy", reason="SciPy is not installed")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+pytest.importorskip("threadpoolctl", reason="threadpoolctl is not installed")
+pytest.importorskip("tqdm", reason="tqdm is not installed")
 
 import digits_ablation
 import gradients_by_layer
 import methods_compared
-import pytest
 import tabular
-import torch
 import unit_gradient_norm
 import value_surfaces
 
@@ -17,7 +25,7 @@ from report import parse_arguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 PROGRAMS = {
     module.__name__: module
     for module in (
@@ -47,7 +55,7 @@ def table_of(name):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_page_shows_these_numbers(name):
+def test_page_shows_the_numbers_of_the_full_run(name):
     """The table of the full run, with its picture, from at least three seeds."""
     page = (DOCS / "figures.md").read_text()
     assert table_of(name) in page
@@ -61,18 +69,15 @@ def test_page_shows_these_numbers(name):
     assert f"`examples/{name}.py`" in page
 
 
-def test_page_tells_the_time():
+def test_page_has_the_processor_time():
     minutes = sum(numbers(name)["processor_seconds"] for name in PROGRAMS) / 60
     assert minutes < 30
     assert f"in {minutes:.0f} minutes of processor time" in (DOCS / "figures.md").read_text()
 
 
-def test_a_seed_given_twice_is_one_run(monkeypatch, tmp_path):
+def test_a_repeated_seed_is_run_once(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["figure", "--seeds", "3", "1", "3", "--out", str(tmp_path)])
     assert parse_arguments("", "").seeds == [3, 1]
-
-
-# The claims, seed by seed, on the full runs.
 
 
 @pytest.mark.parametrize("data", value_surfaces.DATA)
@@ -81,12 +86,12 @@ def test_penalty_estimates_the_distance_and_clipping_does_not(data):
     exact = full["exact"][data]
     for row in rows_of(full["results"], data=data, method="clipping"):
         assert row["estimate"] < 0.5 * exact
-        assert row["estimate_by_largest_norm"] < 0.75 * exact  # nor where it is scaled up to Lipschitz constant 1
+        assert row["estimate_by_largest_norm"] < 0.75 * exact  # nor when it is scaled to Lipschitz constant 1
     for row in rows_of(full["results"], data=data, method="penalty"):
         assert row["estimate"] == pytest.approx(exact, rel=0.15)
 
 
-def test_page_tells_how_many_estimates_miss_what_was_hoped_for():
+def test_page_says_how_many_estimates_are_off_by_more_than_a_tenth():
     full = numbers("value_surfaces")
     errors = [
         abs(row["estimate"] / full["exact"][row["data"]] - 1) for row in rows_of(full["results"], method="penalty")
@@ -105,7 +110,7 @@ def test_level_sets_follow_the_data_under_the_penalty(data):
 
 
 def test_critics_had_converged():
-    """The last two of the ten stretches of training hardly differ."""
+    """The losses of the last two of ten parts of the training hardly differ."""
     for row in numbers("value_surfaces")["results"]:
         *_, before, last = row["critic_loss"]
         assert last == pytest.approx(before, rel=0.05), row
@@ -145,8 +150,8 @@ def test_norms_are_one_after_training(penalty):
         assert after["mean_cosine"] > 0.95
 
 
-def test_norms_are_where_the_penalty_and_the_distance_balance():
-    """Not at 1 + W / 20: the penalty's lines are those between any two samples."""
+def test_norms_balance_penalty_and_critic_loss():
+    """Not at 1 + W / 20: the penalty's lines join any two samples, not matched ones."""
     torch.manual_seed(0)
     length = (unit_gradient_norm.eight_gaussians(10_000) - unit_gradient_norm.middle(10_000)).norm(dim=1).mean().item()
     full = numbers("unit_gradient_norm")
@@ -157,7 +162,7 @@ def test_norms_are_where_the_penalty_and_the_distance_balance():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_penalised_loss_falls_and_rests_and_the_clipped_is_small_from_the_start(seed):
+def test_loss_converges_under_the_penalty_and_is_small_from_the_start_under_clipping(seed):
     results = numbers("digits_ablation")["results"]
     (row,) = rows_of(results, method="penalty", seed=seed)
     losses = [-loss for loss in row["critic_loss"]]
@@ -175,13 +180,13 @@ def frechet(name):
 
 @pytest.mark.parametrize("name", ["clipping", "clipping, 10 times the rate", "penalty, BatchNorm"])
 def test_digits_are_better_under_the_penalty_without_batch_norm(name):
-    """Seed by seed: each has a judge of its own."""
+    """Compared seed by seed, since each seed has its own judge."""
     for plain, layer_norm, other in zip(frechet("penalty"), frechet("penalty, LayerNorm"), frechet(name), strict=True):
         assert max(plain, layer_norm) < other
 
 
 @pytest.mark.parametrize("method", ["compiled", "directional"])
-def test_methods_train_alike(method):
+def test_methods_differ_less_than_seeds(method):
     results = numbers("methods_compared")["results"]
     for window, share in (("first tenth", 0.1), ("all", 1)):
         (ours,) = rows_of(results, method=method, window=window)
@@ -189,7 +194,7 @@ def test_methods_train_alike(method):
         assert max(ours["distance"]) < share * min(seeds["distance"])
 
 
-def test_table_is_learned():
+def test_generated_table_is_near_the_real_one():
     results = numbers("tabular")["results"]
     for seed in numbers("tabular")["settings"]["seeds"]:
         (before,) = rows_of(results, rows="before", seed=seed)
@@ -198,25 +203,22 @@ def test_table_is_learned():
         assert after["mean_correlation_error"] < 0.5 * before["mean_correlation_error"]
 
 
-# The programs' cores, as far as a claim shows within seconds.
-
-
-def test_short_value_surface():
+def test_short_training_estimates_the_distance_under_the_penalty_alone():
     found = {name: value_surfaces.run("8 Gaussians", name, 0, steps=60)[0] for name in ("clipping", "penalty")}
     assert found["clipping"]["estimate"] < 0.1
     assert found["penalty"]["estimate"] > 0.4
     assert found["penalty"]["above_surroundings"] > found["clipping"]["above_surroundings"] + 0.05
 
 
-def test_exact_distance():
-    """Of a translation it is the translation's length, whichever sample is moved where."""
+def test_exact_distance_of_a_translation_is_its_length():
+    """In whatever order the two sets of samples come."""
     real = torch.randn(100, 2)
     partner, distance = value_surfaces.optimal_coupling(real, real[torch.randperm(100)] + torch.tensor([3.0, 4.0]))
     assert distance == pytest.approx(5, rel=1e-6)
     assert sorted(partner.tolist()) == list(range(100))
 
 
-def test_short_deep_critics():
+def test_short_training_of_deep_critics_keeps_gradients_under_the_penalty_alone():
     found = {name: gradients_by_layer.run(name, 0, steps=10) for name in gradients_by_layer.BOUNDS}
     slopes = {name: row["slope_in_decades_per_layer"] for name, row in found.items()}
     assert slopes["clipping at 0.001"] < slopes["clipping at 0.01"] < -0.1
@@ -226,7 +228,7 @@ def test_short_deep_critics():
     assert found["penalty"]["share_at_the_bounds"] < 1e-4
 
 
-def test_short_unit_gradient_norm():
+def test_short_training_brings_norms_near_one():
     results = unit_gradient_norm.run(0, steps=100)
     for penalty in unit_gradient_norm.SIDES:
         (before,) = rows_of(results, penalty=penalty, step=0)
@@ -241,8 +243,8 @@ def judge(one_thread):
     return digits_ablation.Judge(0)
 
 
-def test_digits_judge(judge):
-    """Knows noise from digits, and one digit from ten."""
+def test_judge_tells_digits_from_noise(judge):
+    """And one digit from ten."""
     best = judge.best()
     noise = 2 * torch.rand(500, 64).double().numpy() - 1
     assert best["score"] > 2 * judge.score(noise)
@@ -253,13 +255,13 @@ def test_digits_judge(judge):
 
 @pytest.mark.filterwarnings("ignore:.*batch normalisation:UserWarning")
 @pytest.mark.parametrize("name", digits_ablation.METHODS)
-def test_digits_critic_trains(name, judge):
+def test_digits_critic_trains_by_every_method(name, judge):
     numbers, samples = digits_ablation.run(name, 0, 3, judge)
     assert statistics.mean(numbers["critic_loss"]) < 0
     assert samples[3].shape == (digits_ablation.SAMPLES, 1, 8, 8)
 
 
-def test_short_training_by_two_methods():
+def test_short_training_by_two_methods_differs_less_than_by_two_seeds():
     curves = {
         (method, seed): methods_compared.train(method, seed, steps=3)
         for method, seed in (("double_backward", 0), ("directional", 0), ("double_backward", 1))
@@ -268,7 +270,7 @@ def test_short_training_by_two_methods():
     assert (ours - directional).abs().mean() < 1e-4 * (ours - other).abs().mean()
 
 
-def test_short_table():
+def test_short_training_improves_the_generated_table():
     results, rows = tabular.run(0, steps=50)
     (before,) = rows_of(results, rows="before")
     (after,) = rows_of(results, rows="after")

@@ -1,23 +1,23 @@
-"""Half precision and loss scales: the same penalty with and without a scale, and what a scale is for."""
+"""Half precision and loss scales: a scale changes no result, except that it keeps fp16 gradients from underflow."""
 
 import copy
 
 import pytest
 import torch
-from torch import nn
 
 import fused_gp
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, reference
-
-HALVES = [torch.float16, torch.bfloat16]
-STEP = {torch.float16: 2**-10, torch.bfloat16: 2**-7}  # between neighbours of a number, relative
-
+from tests.support.critics import mlp
+from tests.support.gradients import gradients
+from tests.support.places import to_device
+from tests.support.samples import quarters, vectors
+from tests.support.tolerances import HALF_DTYPES, assert_near_the_largest, assert_same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def of_outputs(module, critic, real, fake, **options):
-    """`input_gradient_penalty` called as its users do, after the critic ran."""
+    """`input_gradient_penalty` as users call it, after the critic ran."""
     x = fake.detach().requires_grad_()
     return module.input_gradient_penalty(critic(x), x, **options)
 
@@ -34,7 +34,7 @@ def of_gradients(module, critic, real, fake, *, grad_scale=None, **options):
     return module.gradient_norm_penalty(gradients, grad_scale=grad_scale, **options)
 
 
-# Each with the same arguments, from the package or from its oracle.
+# Each with the same arguments, from the package or from its reference.
 FAMILY = {
     "fused": lambda module, critic, real, fake, **options: module.fused_gradient_penalty(critic, real, fake, **options),
     "r1": lambda module, critic, real, fake, **options: module.r1_penalty(critic, real, **options),
@@ -47,24 +47,15 @@ FAMILY = {
 every_function = pytest.mark.parametrize("function", FAMILY)
 
 
-def mlp(dtype, device):
-    return nn.Sequential(nn.Linear(6, 8), nn.SiLU(), nn.Linear(8, 1)).to(device, dtype)
-
-
-def on_grid(dtype, device, *shape):
-    """Samples and, half way between them, points that are numbers of every dtype."""
-    return [(torch.randint(-8, 9, shape or (5, 6)) / 4).to(device, dtype) for _ in range(2)]
-
-
-def run(module, function, critic, real, fake, *, loss_scale=1.0, **options):
-    """Value, norms and weight gradients under one seed, the loss being scaled as GradScaler scales it."""
+def results_of(module, function, critic, real, fake, *, loss_scale=1.0, **options):
+    """Value, norms and weight gradients under one seed, with the loss scaled as GradScaler scales it."""
     torch.manual_seed(1)
     value, norms = FAMILY[function](module, critic, real, fake, return_norms=True, **options)
     grads = torch.autograd.grad(value * loss_scale, list(critic.parameters()), materialize_grads=True)
     return [value.detach(), norms, *(grad.to(norms.dtype) / loss_scale for grad in grads)]
 
 
-def half_way(function):
+def exact_alpha(function):
     return {"alpha": 0.5} if function == "fused" else {}
 
 
@@ -90,73 +81,64 @@ SCALES = {
 
 @pytest.mark.parametrize("scale", SCALES)
 @every_function
-def test_a_scale_changes_nothing_in_fp64(place, function, scale):
-    """What is multiplied in is divided out again, whoever names the factor: value, norms and weight gradients."""
-    critic = mlp(torch.float64, place.device)
-    samples = [torch.randn(5, 6, dtype=torch.float64, device=place.device) for _ in range(2)]
-    wanted = run(reference, function, critic, *samples)
+def test_a_scale_changes_no_result_in_fp64(place, function, scale):
+    """The factor is divided out again, in whichever form it is given: value, norms and weight gradients."""
+    critic = mlp().to(place.device, torch.float64)
+    samples = to_device(vectors(), place.device)
+    expected = results_of(reference, function, critic, *samples)
     grad_scale = SCALES[scale](place.device)
-    ours = run(fused_gp, function, critic, *samples, backend=place.backend, grad_scale=grad_scale)
-    for actual, expected in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
+    ours = results_of(fused_gp, function, critic, *samples, backend=place.backend, grad_scale=grad_scale)
+    assert_same(ours, expected, atol=1e-14)
 
 
 @pytest.mark.parametrize("form", [{"one_sided": True}, {"target": 0.0}, {"eps": 0.0, "reduction": "sum"}], ids=str)
-def test_a_scale_changes_no_form(place, form):
-    critic = mlp(torch.float64, place.device)
+def test_a_scale_changes_no_result_of_other_forms(place, form):
+    critic = mlp().to(place.device, torch.float64)
     with torch.no_grad():
         critic[0].weight.mul_(6)  # norms on both sides of the target
-    samples = [torch.randn(5, 6, dtype=torch.float64, device=place.device) for _ in range(2)]
-    wanted = run(reference, "fused", critic, *samples, **form)
-    assert wanted[1].min() < 1 < wanted[1].max()
+    samples = to_device(vectors(), place.device)
+    expected = results_of(reference, "fused", critic, *samples, **form)
+    assert expected[1].min() < 1 < expected[1].max()
     for scale in (0.125, torch.tensor(1024.0, device=place.device)):
-        ours = run(fused_gp, "fused", critic, *samples, backend=place.backend, grad_scale=scale, **form)
-        for actual, expected in zip(ours, wanted, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
+        ours = results_of(fused_gp, "fused", critic, *samples, backend=place.backend, grad_scale=scale, **form)
+        assert_same(ours, expected, atol=1e-14)
 
 
 @pytest.mark.parametrize("scale", [None, 3000.7, "tensor"], ids=str)
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @every_function
 def test_half_precision_critic(place, function, dtype, scale):
-    """A critic with half-precision weights, against the oracle on the same critic without a scale."""
-    critic = mlp(dtype, place.device)
-    samples = on_grid(dtype, place.device)
+    """A critic with half-precision weights, compared with the reference on the same critic without a scale."""
+    critic = mlp().to(place.device, dtype)
+    samples = quarters((5, 6), dtype, place.device)
     if function == "dragan":
-        samples = [torch.full_like(x, 0.5) for x in samples]  # deviation 0, so that no noise is rounded
-    wanted = run(reference, function, critic, *samples, **half_way(function))
-    options = {"backend": place.backend, **half_way(function)}
+        samples = [torch.full_like(x, 0.5) for x in samples]  # their deviation is 0, so there is no noise to round
+    expected = results_of(reference, function, critic, *samples, **exact_alpha(function))
+    options = {"backend": place.backend, **exact_alpha(function)}
     if scale is not None:
         options["grad_scale"] = torch.tensor(3000.7, device=place.device) if scale == "tensor" else scale
         options["loss_scale"] = 2.0**12
-    ours = run(fused_gp, function, critic, *samples, **options)
+    ours = results_of(fused_gp, function, critic, *samples, **options)
     assert ours[0].dtype == ours[1].dtype == torch.float32
-    # Without a scale the same critic runs on the same numbers. With one, its backward rounds at other places.
-    value_step = 1e-6 if scale is None else STEP[dtype]
-    torch.testing.assert_close(ours[1], wanted[1], rtol=value_step, atol=0)
-    torch.testing.assert_close(ours[0], wanted[0], rtol=2 * value_step, atol=1e-6)
-    assert_near_the_largest(ours[2:], wanted[2:], 3 * STEP[dtype])
-
-
-def assert_near_the_largest(actual, truth, tolerance):
-    """Gradients of several weights, within a part of the largest of them all."""
-    largest = max(grad.abs().max().item() for grad in truth)
-    for one, two in zip(actual, truth, strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=tolerance * largest)
+    # Without a scale the same critic runs on the same numbers. With one, its backward rounds other numbers.
+    value_step = 1e-6 if scale is None else torch.finfo(dtype).eps
+    torch.testing.assert_close(ours[1], expected[1], rtol=value_step, atol=0)
+    torch.testing.assert_close(ours[0], expected[0], rtol=2 * value_step, atol=1e-6)
+    assert_near_the_largest(ours[2:], expected[2:], 3 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("kind", ["number", "tensor", "GradScaler"])
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [*HALF_DTYPES, torch.float32], ids=str)
 @pytest.mark.parametrize("function", ["fused", "input_gradient"])
-def test_a_scale_is_taken_out_as_it_was_put_in(place, function, dtype, kind):
-    """Where the scores' dtype cannot hold the scale, what multiplied them is its rounded value; divided by the other
-    one, every norm would be off by up to 2^-9 in bf16."""
+def test_the_rounded_scale_is_divided_out(place, function, dtype, kind):
+    """Where the dtype of the scores cannot hold the scale, they are multiplied by its rounded value; divided by the
+    other one, every norm would have an error of up to 2^-9 in bf16."""
     scale = {
         "number": 3001.3,
         "tensor": torch.tensor(3001.3, device=place.device),
         "GradScaler": torch.amp.GradScaler(place.device, init_scale=3001.3),
     }[kind]
-    real, fake = on_grid(dtype, place.device)
+    real, fake = quarters((5, 6), dtype, place.device)
     _, norms = FAMILY[function](
         fused_gp, lambda x: x.sum(1), real, fake, grad_scale=scale, backend=place.backend, return_norms=True
     )
@@ -164,59 +146,59 @@ def test_a_scale_is_taken_out_as_it_was_put_in(place, function, dtype, kind):
 
 
 @pytest.mark.parametrize("scale", ["none", "GradScaler"])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @every_function
-def test_autocast(place, function, dtype, scale):
-    """fp32 weights, a critic that computes in half precision: the oracle under the same autocast, with and without a
-    GradScaler; the penalty is fp32."""
-    critic = mlp(torch.float32, place.device)
-    samples = on_grid(torch.float32, place.device)
+def test_autocast_with_and_without_a_scale(place, function, dtype, scale):
+    """fp32 weights, a critic that computes in half precision, compared with the reference under the same autocast; the
+    penalty is fp32."""
+    critic = mlp().to(place.device)
+    samples = quarters((5, 6), torch.float32, place.device)
     scaler = torch.amp.GradScaler(place.device, init_scale=2.0**8) if scale == "GradScaler" else None
     with torch.autocast(place.device, dtype):
-        wanted = run(reference, function, critic, *samples, **half_way(function))
-        options = {"backend": place.backend, "grad_scale": scaler, **half_way(function)}
-        ours = run(fused_gp, function, critic, *samples, **options)
+        expected = results_of(reference, function, critic, *samples, **exact_alpha(function))
+        options = {"backend": place.backend, "grad_scale": scaler, **exact_alpha(function)}
+        ours = results_of(fused_gp, function, critic, *samples, **options)
     assert ours[0].dtype == ours[1].dtype == torch.float32
-    # A power of two moves exponents alone, and the same critic ran: values agree as fp32 does, but for DRAGAN's noise
-    # and fp16's smallest numbers, which a scale saves.
+    # A power of two changes exponents alone, and the same critic ran: values agree to fp32, except for DRAGAN's noise
+    # and for fp16 numbers that underflow without a scale.
     same = function != "dragan" and (scale == "none" or dtype == torch.bfloat16)
-    rtol = 1e-5 if same else STEP[dtype]
-    torch.testing.assert_close(ours[1], wanted[1], rtol=rtol, atol=0)
-    torch.testing.assert_close(ours[0], wanted[0], rtol=2 * rtol, atol=1e-6)
-    assert_near_the_largest(ours[2:], wanted[2:], 2 * STEP[dtype])
+    rtol = 1e-5 if same else torch.finfo(dtype).eps
+    torch.testing.assert_close(ours[1], expected[1], rtol=rtol, atol=0)
+    torch.testing.assert_close(ours[0], expected[0], rtol=2 * rtol, atol=1e-6)
+    assert_near_the_largest(ours[2:], expected[2:], 2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("scale", ["number", "tensor", "GradScaler"])
 @every_function
-def test_the_scale_saves_gradients_from_underflow(place, function, scale):
+def test_a_scale_keeps_gradients_from_underflow(place, function, scale):
     """An fp16 critic whose input gradients, 1e-8, are below fp16's smallest number: norms of zero, and with a scale the
-    right ones. So the factor is truly inside, before the gradient."""
+    right ones. So the factor is applied before the gradient is taken."""
     root = torch.tensor(1e-4, dtype=torch.float16, device=place.device)
     scale = {
         "number": 2.0**14,
         "tensor": torch.tensor(2.0**14, device=place.device),
         "GradScaler": torch.amp.GradScaler(place.device, init_scale=2.0**14),
     }[scale]
-    samples = on_grid(torch.float16, place.device, 3, 4)
+    samples = quarters((3, 4), torch.float16, place.device)
     options = {"backend": place.backend, "return_norms": True, **({} if function in ("r1", "r2") else {"eps": 0.0})}
 
     def critic(x):
         return (x * root).sum(1) * root
 
-    _, lost = FAMILY[function](fused_gp, critic, *samples, **options)
-    assert not lost.any()
+    _, underflowed = FAMILY[function](fused_gp, critic, *samples, **options)
+    assert not underflowed.any()
     value, norms = FAMILY[function](fused_gp, critic, *samples, grad_scale=scale, **options)
-    wanted = 2 * root.item() ** 2
-    torch.testing.assert_close(norms, torch.full_like(norms, wanted), rtol=2e-3, atol=0)
-    assert value.item() == pytest.approx(wanted**2 / 2 if function in ("r1", "r2") else 1, rel=4e-3)
+    expected = 2 * root.item() ** 2
+    torch.testing.assert_close(norms, torch.full_like(norms, expected), rtol=2e-3, atol=0)
+    assert value.item() == pytest.approx(expected**2 / 2 if function in ("r1", "r2") else 1, rel=4e-3)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "(1,)", "GradScaler"])
 @every_function
 def test_the_host_does_not_read_the_scale(monkeypatch, function, kind):
-    """On a device each of these waits for all that was launched before. The interpreter reads everything, so torch."""
-    critic = mlp(torch.float32, "cpu")
-    samples = on_grid(torch.float32, "cpu")
+    """On a device each of these reads synchronises. Only with plain torch, since the interpreter reads all tensors."""
+    critic = mlp()
+    samples = quarters((5, 6), torch.float32, "cpu")
     scale = {
         "tensor": torch.tensor(64.0),
         "(1,)": torch.tensor([64.0]),
@@ -229,24 +211,24 @@ def test_the_host_does_not_read_the_scale(monkeypatch, function, kind):
     for name in ("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__", "__format__"):
         monkeypatch.setattr(torch.Tensor, name, read)
     value = FAMILY[function](fused_gp, critic, *samples, backend="torch", grad_scale=scale)
-    grads = torch.autograd.grad(value, list(critic.parameters()), materialize_grads=True)
+    grads = gradients(value, critic.parameters())
     monkeypatch.undo()
     assert all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("kind", ["tensor", "(1,)", "GradScaler"])
 @every_function
-def test_the_scale_may_change_before_the_backward(place, function, kind):
-    """GradScaler.update() writes into its tensor. A forward has its own factor."""
-    critic = mlp(torch.float32, place.device)
-    samples = on_grid(torch.float32, place.device)
-    options = {"backend": place.backend, **half_way(function)}
-    wanted = run(fused_gp, function, critic, *samples, grad_scale=64.0, **options)
+def test_the_scale_is_that_of_the_call(place, function, kind):
+    """GradScaler.update() writes into its tensor before the backward."""
+    critic = mlp().to(place.device)
+    samples = quarters((5, 6), torch.float32, place.device)
+    options = {"backend": place.backend, **exact_alpha(function)}
+    expected = results_of(fused_gp, function, critic, *samples, grad_scale=64.0, **options)
     shape = (1,) if kind == "(1,)" else ()
     scale = torch.full(shape, 64.0, device=place.device)
     if kind == "GradScaler":
         scaler = torch.amp.GradScaler(place.device, init_scale=64.0)
-        scaler.scale(scale)  # makes its tensor
+        scaler.scale(scale)  # creates its tensor
     torch.manual_seed(1)
     value = FAMILY[function](
         fused_gp, critic, *samples, grad_scale=scaler if kind == "GradScaler" else scale, **options
@@ -257,27 +239,26 @@ def test_the_scale_may_change_before_the_backward(place, function, kind):
         assert scaler.get_scale() == 2.0
     else:
         scale.fill_(2.0)
-    grads = torch.autograd.grad(value, list(critic.parameters()), materialize_grads=True)
-    for actual, expected in zip((value.detach(), *grads), (wanted[0], *wanted[2:]), strict=True):
-        torch.testing.assert_close(actual, expected)
+    grads = gradients(value, critic.parameters())
+    torch.testing.assert_close((value.detach(), *grads), (expected[0], *expected[2:]))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter
 @pytest.mark.parametrize("form", [{}, {"one_sided": True}, {"eps": 0.0}, {"target": 0.0}], ids=str)
 @pytest.mark.parametrize("scale", [0.0, float("inf"), float("nan")])
-def test_a_broken_scale_is_not_masked(place, scale, form):
-    """A tensor is not looked at, so a scale of zero or infinity shows in value, norms and gradients, where GradScaler
-    finds it and skips the step."""
-    critic = mlp(torch.float32, place.device)
-    samples = on_grid(torch.float32, place.device)
+def test_a_scale_that_is_not_finite_or_zero_shows_in_the_results(place, scale, form):
+    """The value of a tensor is not checked, so value, norms and gradients are not finite, and GradScaler skips the
+    step."""
+    critic = mlp().to(place.device)
+    samples = quarters((5, 6), torch.float32, place.device)
     scale = torch.tensor(scale, device=place.device)
-    ours = run(fused_gp, "fused", critic, *samples, backend=place.backend, grad_scale=scale, **form)
+    ours = results_of(fused_gp, "fused", critic, *samples, backend=place.backend, grad_scale=scale, **form)
     assert not ours[0].isfinite()
     assert not ours[1].isfinite().any()
     assert not ours[2].isfinite().any()
 
 
-WRONG = [
+WRONG_SCALES = [
     (0, ValueError), (0.0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), (float("inf"), ValueError),
     (True, TypeError), ("2", TypeError), (2j, TypeError), ([2.0], TypeError), (torch.tensor(2), TypeError),
     (torch.tensor(True), TypeError), (torch.tensor(2 + 0j), TypeError), (torch.ones(2), ValueError),
@@ -285,10 +266,10 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("scale", "error"), WRONG, ids=str)
+@pytest.mark.parametrize(("scale", "error"), WRONG_SCALES, ids=str)
 @every_function
-def test_wrong_scale(function, scale, error):
-    """Named, before the critic runs."""
+def test_wrong_scales_are_refused(function, scale, error):
+    """By name, before the critic runs."""
     real, fake = torch.randn(3, 6), torch.randn(3, 6)
     if function == "gradient_norm":
         with pytest.raises(error, match=r"^grad_scale must"):
@@ -306,11 +287,11 @@ def test_wrong_scale(function, scale, error):
 
 
 @pytest.mark.parametrize("function", ["fused", "r1"])
-def test_a_scale_that_has_grown_for_weeks(place, function):
-    """GradScaler doubles while nothing overflows. kappa^2 leaves the range of fp32 long before the result does: then
-    the penalty is right, or visibly not finite, but never a silent zero in the weights."""
-    critic = mlp(torch.float32, place.device)
-    samples = on_grid(torch.float32, place.device)
+def test_a_huge_scale_gives_the_result_or_no_finite_one(place, function):
+    """GradScaler doubles while nothing overflows. kappa^2 overflows fp32 long before the result does: then the penalty
+    is right, or not finite, but never zero in the weights' gradients."""
+    critic = mlp().to(place.device)
+    samples = quarters((5, 6), torch.float32, place.device)
     options = {"backend": place.backend}
     for exponent in (60, 76, 90):
         scale = torch.tensor(2.0**exponent, device=place.device)
@@ -328,18 +309,19 @@ def test_a_scale_that_has_grown_for_weeks(place, function):
             assert exponent > 60
 
 
-def test_a_scale_that_is_learned_gets_no_gradient(place):
-    """It is put in and taken out again: nothing depends on it."""
-    critic = mlp(torch.float64, place.device)
-    samples = on_grid(torch.float64, place.device)
+def test_a_scale_that_requires_grad_gets_no_gradient(place):
+    """It is multiplied in and divided out: no result depends on it."""
+    critic = mlp().to(place.device, torch.float64)
+    samples = quarters((5, 6), torch.float64, place.device)
     scale = torch.tensor(8.0, device=place.device, requires_grad=True)
     penalty = fused_gradient_penalty(critic, *samples, grad_scale=scale, backend=place.backend)
     assert torch.autograd.grad(penalty, scale, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("scale", [1e100, 1e-100])
-def test_a_number_that_no_fp32_scaler_could_hold(scale):
-    """Scores are scaled by a number that every floating type holds; for gradients that came scaled, any will do."""
+def test_numbers_beyond_bf16_are_refused_for_critics_alone(scale):
+    """Scores are scaled by a number that every floating dtype can hold; for gradients that were scaled by the caller,
+    any number will do."""
     samples = torch.randn(3, 6)
     with pytest.raises(ValueError, match="grad_scale must be a number that bf16 can hold, got 1e"):
         fused_gradient_penalty(torch.sum, samples, samples, grad_scale=scale)
@@ -352,20 +334,21 @@ def test_a_number_that_no_fp32_scaler_could_hold(scale):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter
 @pytest.mark.parametrize("scale", [2.0**16, 1e6, 1e38])
 @pytest.mark.parametrize("kind", ["number", "tensor"])
-def test_a_scale_beyond_half_precision(place, kind, scale):
-    """GradScaler begins at 2^16, more than fp16 holds: as where a loss is scaled, the result is not finite, whether a
-    tensor or a number names it. It is no error: GradScaler halves such a scale."""
-    critic = mlp(torch.float16, place.device)
+def test_a_scale_beyond_fp16_gives_no_finite_result(place, kind, scale):
+    """GradScaler begins at 2^16, more than fp16 can hold: the result is not finite, as when a loss is scaled, for a
+    number and for a tensor. It is no error: GradScaler halves such a scale."""
+    critic = mlp().to(place.device, torch.float16)
     grad_scale = scale if kind == "number" else torch.tensor(scale, dtype=torch.float64, device=place.device)
-    samples = on_grid(torch.float16, place.device)
+    samples = quarters((5, 6), torch.float16, place.device)
     value = fused_gradient_penalty(critic, *samples, grad_scale=grad_scale, backend=place.backend)
     assert not value.isfinite()
 
 
 def train(place, *, dtype, scaler, batches, weight=1.0, rate=1e-2):
-    """A critic's loop as people write it; of each step: loss, whether it moved the weights, scale after it, norms."""
+    """A usual training loop of a critic; of each step: loss, whether the weights changed, the scale afterwards,
+    norms."""
     torch.manual_seed(0)
-    critic = mlp(torch.float32, place.device)
+    critic = mlp().to(place.device)
     optimizer = torch.optim.Adam(critic.parameters(), rate)
     steps = []
     for real, fake in batches:
@@ -394,8 +377,8 @@ def gan_batches(place, count, batch=8):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of overflow under the interpreter
 def test_training_recovers_from_a_scale_that_overflows(place):
-    """A huge first scale: steps are skipped and it is halved until gradients are finite; then training goes on, and the
-    norms are unscaled ones."""
+    """With a huge initial scale, steps are skipped and it is halved until gradients are finite; then training goes on,
+    and norms are unscaled."""
     batches = list(gan_batches(place, 10))
     scaler = torch.amp.GradScaler(place.device, init_scale=2.0**19, growth_interval=50)
     _, steps = train(place, dtype=torch.float16, scaler=scaler, batches=batches)
@@ -407,14 +390,17 @@ def test_training_recovers_from_a_scale_that_overflows(place):
     assert all(abs(step[0]) < 5 for step in steps[first:])
 
     unscaled = torch.amp.GradScaler(place.device, enabled=False)
-    _, still = train(place, dtype=torch.float16, scaler=unscaled, batches=batches, rate=0.0)
-    torch.testing.assert_close(steps[first][3], still[first][3], rtol=2 * STEP[torch.float16], atol=0)
-    assert steps[first][0] == pytest.approx(still[first][0], rel=1e-2)
+    _, untrained_steps = train(place, dtype=torch.float16, scaler=unscaled, batches=batches, rate=0.0)
+    torch.testing.assert_close(
+        steps[first][3], untrained_steps[first][3], rtol=2 * torch.finfo(torch.float16).eps, atol=0
+    )
+    assert steps[first][0] == pytest.approx(untrained_steps[first][0], rel=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_one_bad_batch_is_skipped(place):
-    """Values that overflow fp16 in the critic: that step alone is skipped, and growth after good ones goes on."""
+def test_one_batch_that_overflows_is_skipped(place):
+    """Values that overflow fp16 in the critic: that step alone is skipped, and the scale grows again after good
+    ones."""
     batches = list(gan_batches(place, 9))
     batches[3] = tuple(x * 1e6 for x in batches[3])
     scaler = torch.amp.GradScaler(place.device, init_scale=2.0**6, growth_interval=2)
@@ -426,8 +412,8 @@ def test_one_bad_batch_is_skipped(place):
     assert all(p.grad is None for p in critic.parameters())
 
 
-def test_training_with_and_without_a_scaler(place):
-    """Step for step the same losses, norms and weights in bf16, where a power of two costs no digit."""
+def test_training_in_bf16_is_the_same_with_a_scaler(place):
+    """The same losses, norms and weights, step by step: a power of two changes no digit of bf16."""
     results = []
     for enabled in (False, True):
         scaler = torch.amp.GradScaler(place.device, init_scale=2.0**10, growth_interval=3, enabled=enabled)
@@ -435,18 +421,18 @@ def test_training_with_and_without_a_scaler(place):
         assert all(step[1] for step in steps)
         results.append((critic, steps))
     assert results[1][1][-1][2] == 2.0**12
-    for (loss, *_, norms), (wanted_loss, *_, wanted_norms) in zip(results[1][1], results[0][1], strict=True):
-        assert loss == pytest.approx(wanted_loss, rel=1e-3)
-        torch.testing.assert_close(norms, wanted_norms, rtol=1e-3, atol=0)
+    for (loss, *_, norms), (expected_loss, *_, expected_norms) in zip(results[1][1], results[0][1], strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-3)
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-3, atol=0)
     for actual, expected in zip(results[1][0].parameters(), results[0][0].parameters(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-4)
 
 
-def test_every_call_takes_the_scale_of_its_moment():
-    """The same scaler through updates, and its copy in another process's checkpoint: always the unscaled penalty."""
-    critic = mlp(torch.float64, "cpu")
-    samples = [torch.randn(5, 6, dtype=torch.float64) for _ in range(2)]
-    wanted = run(reference, "fused", critic, *samples)
+def test_every_call_takes_the_scalers_present_scale():
+    """After updates, and after loading its state from a checkpoint."""
+    critic = mlp().double()
+    samples = vectors()
+    expected = results_of(reference, "fused", critic, *samples)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**3)
     for new_scale in (2.0**5, 2.0**-7, 2.0**20):
         scaler.scale(torch.ones(()))
@@ -454,5 +440,5 @@ def test_every_call_takes_the_scale_of_its_moment():
         loaded = torch.amp.GradScaler("cpu")
         loaded.load_state_dict(copy.deepcopy(scaler.state_dict()))
         for one in (scaler, loaded):
-            for actual, expected in zip(run(fused_gp, "fused", critic, *samples, grad_scale=one), wanted, strict=True):
-                torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-14)
+            ours = results_of(fused_gp, "fused", critic, *samples, grad_scale=one)
+            assert_same(ours, expected, atol=1e-14)

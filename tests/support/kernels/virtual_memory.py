@@ -1,8 +1,8 @@
-"""Launches on memory that is not there: which elements of which tensor every program reads and writes.
+"""Launches on tensors without memory: which elements of which tensor every program reads and writes.
 
-The launchers see tensors without storage (FakeTensor), which may be larger than any machine's memory; what they launch
-is caught, with its grid and arguments. Programs of that grid then run in Triton's interpreter, by the kernel's own code
-but on made-up addresses: a load gives zeros, and loads and stores leave nothing behind but the elements they touched.
+The launchers get tensors without storage (FakeTensor), which may be larger than any machine's memory; their launches
+are recorded with grid and arguments. Programs of that grid then run in Triton's interpreter, by the kernel's own code
+but on made-up addresses: a load gives zeros, a store changes nothing, and both record the elements that they access.
 """
 
 from collections import defaultdict
@@ -17,13 +17,13 @@ from triton.runtime import interpreter
 
 from fused_gp.kernels import norm_penalty
 
-# Argument i begins in the middle of stretch i of 2^45 bytes, so that a wrong address still tells whose it was.
-STRETCH = 45
+# Argument i begins in the middle of region i of 2^45 bytes, so that a wrong address still tells its tensor.
+REGION_BITS = 45
 
 
 @contextmanager
 def virtual_memory():
-    """While it lasts, tensors that are made have no storage, and kernels are not run; yields the list of launches."""
+    """Inside, new tensors have no storage and kernels are not run; yields the list of launches."""
     launches = []
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -40,8 +40,8 @@ def virtual_memory():
 
 
 class Launch:
-    """A launch that was caught. When programs of it have `run`, the elements they touched are in `read`, `written` and
-    `counted` (by an atomic): under the argument's name, numbers from 0, row by row, each as often as it was touched.
+    """A recorded launch. After `run`, the elements that programs accessed are in `read`, `written` and `counted` (by an
+    atomic): under the argument's name, numbers from 0, row by row, each as often as it was accessed.
     """
 
     def __init__(self, fn, programs, values):
@@ -50,7 +50,7 @@ class Launch:
         self.read, self.written, self.counted = defaultdict(list), defaultdict(list), defaultdict(list)
 
     def run(self, program):
-        """One program, as if programs arrived in order of their numbers: the last one finds all others done."""
+        """One program, as if programs finished in the order of their numbers: the last one finds all others done."""
         constexprs = interpreter.GridExecutor(self.fn, list(self.values), None).constexprs
         args = {
             name: value if name in constexprs else interpreter._implicit_cvt(self._pointer(name, value))
@@ -63,7 +63,7 @@ class Launch:
                 builder,
                 create_masked_load=self._load,
                 create_masked_store=self._store,
-                create_atomic_rmw=lambda op, ptr, val, mask, sem, scope: self._arrive(program, ptr, val, mask),
+                create_atomic_rmw=lambda op, ptr, val, mask, sem, scope: self._count(program, ptr, val, mask),
             ):
                 builder.set_grid_dim(self.programs, 1, 1)
                 builder.set_grid_idx(program, 0, 0)
@@ -79,38 +79,38 @@ class Launch:
 
     @staticmethod
     def _base(index):
-        return (index << STRETCH) + (1 << STRETCH - 1)
+        return (index << REGION_BITS) + (1 << REGION_BITS - 1)
 
     def _load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
-        self._touch(self.read, ptrs, mask)
+        self._access(self.read, ptrs, mask)
         dtype = ptrs.get_element_ty()
         return interpreter.TensorHandle(np.zeros(ptrs.data.shape, interpreter._get_np_dtype(dtype)), dtype)
 
     def _store(self, ptrs, value, mask, cache_modifier, eviction_policy):
-        self._touch(self.written, ptrs, mask)
+        self._access(self.written, ptrs, mask)
 
-    def _arrive(self, program, ptrs, value, mask):
-        self._touch(self.counted, ptrs, mask)
+    def _count(self, program, ptrs, value, mask):
+        self._access(self.counted, ptrs, mask)
         return interpreter.TensorHandle(np.full_like(value.data, program), value.dtype.scalar)
 
-    def _touch(self, touched, ptrs, mask):
+    def _access(self, accessed, ptrs, mask):
         addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.int64)
         if not addresses.size:
             return
-        index = addresses[0] >> STRETCH
-        assert (addresses >> STRETCH == index).all(), f"{self.name} leaves all its tensors"
-        assert 0 <= index < len(self.tensors), f"{self.name} leaves all its tensors"
+        index = addresses[0] >> REGION_BITS
+        assert (addresses >> REGION_BITS == index).all(), f"{self.name} accesses an address outside of all its tensors"
+        assert 0 <= index < len(self.tensors), f"{self.name} accesses an address outside of all its tensors"
         name, tensor = list(self.tensors.items())[index]
         distance, rest = np.divmod(addresses - self._base(index), tensor.element_size())
-        assert not rest.any(), f"{self.name} is between two elements of {name}"
-        touched[name].append(self._elements(name, distance, tensor))
+        assert not rest.any(), f"{self.name} accesses an address between two elements of {name}"
+        accessed[name].append(self._elements(name, distance, tensor))
 
     def _elements(self, name, distance, tensor):
-        """Distances from the first element -> which elements they are; each must be one."""
+        """The elements at these distances from the first one; each must be an element of the tensor."""
         rows, width = tensor.shape if tensor.ndim == 2 else (tensor.numel(), 1)
         stride = tensor.stride(0) if tensor.ndim and rows > 1 else 0
         row = distance // stride if stride else np.zeros_like(distance)
         col = distance - row * stride
         inside = (row >= 0) & (row < rows) & (col >= 0) & (col < width)
-        assert inside.all(), f"{self.name} leaves {name}, {rows} rows of {width}, for {distance[~inside][:3]}"
+        assert inside.all(), f"{self.name} accesses {distance[~inside][:3]}, outside of {name}, {rows} rows of {width}"
         return row * width + col

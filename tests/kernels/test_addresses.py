@@ -1,6 +1,6 @@
-"""Every launch touches its tensors and nothing else, each element as often as the budgets allow, at any size.
+"""Every launch accesses its tensors and nothing else, each element as often as the budgets allow, at any size.
 
-What is proven here holds for the grids and arguments that the launchers give, in the kernels' own index arithmetic.
+This holds for the grids and arguments that the launchers give, in the kernels' own index arithmetic.
 """
 
 import random
@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from fused_gp import kernels
 from fused_gp.form import PenaltyForm, accumulation_type
-from tests.virtual_memory import virtual_memory
 
-TILE = 8192  # bytes; the widths around one, and below and above those at which rows are split, are where grids change
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fused_gp import kernels
+from tests.support.kernels.virtual_memory import virtual_memory
+
+TILE_BYTES = 8192  # grids change at widths around one tile, and around those at which rows are split
 
 
 def shapes(dtype):
-    """From one element on, wide and tall; rows of one tile, more and less, and of several."""
-    tile = TILE // dtype.itemsize
+    """From one element up, wide and tall; rows of one tile, more and less, and of several."""
+    tile = TILE_BYTES // dtype.itemsize
     small = [(1, 1), (1, 7), (2, 4), (7, 1), (65, 33), (1023, 2), (1025, 3)]
     return [*small, (3, tile // 2 + 1), (3, tile - 1), (2, tile), (3, tile + 1), (2, 2 * tile + 1), (1, 4 * tile + 9)]
 
@@ -35,7 +38,7 @@ LARGE = [
 
 CUDA_GRID = 2**31 - 1
 
-# The arguments that are a batch of rows, each element of which is moved through memory.
+# The arguments that are a batch of rows, each element of which is read or written.
 ROW_TENSORS = {"real", "fake", "out", "cotangent", "real_grad", "fake_grad", "points", "gradients", "plus", "minus",
                "cotangents"}  # fmt: skip
 
@@ -50,8 +53,8 @@ def batch(shape, dtype, stride=None):
     return torch.empty_strided(shape, (stride or shape[1], 1), dtype=dtype)
 
 
-def beside(x):
-    """A batch of the shape of x whose rows follow one another, whatever the stride of x."""
+def contiguous_like(x):
+    """A batch of the shape of x with contiguous rows, whatever the stride of x."""
     return batch(x.shape, x.dtype)
 
 
@@ -60,7 +63,7 @@ def column(x):
 
 
 def penalty(call, x, form, tensors=1):
-    gradients, cotangents, norms = [x] * tensors, [beside(x)] * tensors, column(x)[:, 0]
+    gradients, cotangents, norms = [x] * tensors, [contiguous_like(x)] * tensors, column(x)[:, 0]
     upstream = norms.new_empty(()) if form.reduce else norms
     if call == "forward":
         kernels.penalty_forward(gradients, form)
@@ -70,12 +73,12 @@ def penalty(call, x, form, tensors=1):
         kernels.penalty_double_backward(gradients, norms, upstream, cotangents, form, True)
 
 
-# op: what to call on a batch x; launches; elements of a batch read, and written. Budgets: the table of the design.
+# op: a call on a batch x; launches; elements read and written, in units of the batch.
 OPS = {
-    "interpolate": (lambda x: kernels.interpolate(x, beside(x), column(x)), 1, 2, 1),
+    "interpolate": (lambda x: kernels.interpolate(x, contiguous_like(x), column(x)), 1, 2, 1),
     "adjoint": (lambda x: kernels.interpolate_adjoint(x, column(x), True, True), 1, 1, 2),
     "adjoint of fake": (lambda x: kernels.interpolate_adjoint(x, column(x), False, True), 1, 1, 1),
-    "perturb": (lambda x: kernels.perturb(x, beside(x), column(x)), 1, 2, 2),
+    "perturb": (lambda x: kernels.perturb(x, contiguous_like(x), column(x)), 1, 2, 2),
     "forward": (lambda x: penalty("forward", x, form(len(x))), 1, 1, 0),
     "forward, squared": (lambda x: penalty("forward", x, form(len(x), squared=True, reduce=False)), 1, 1, 0),
     "backward": (lambda x: penalty("backward", x, form(len(x), one_sided=True)), 1, 1, 1),
@@ -90,26 +93,26 @@ OPS = {
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gap", [0, 3, 4])
-def test_every_element_once(op, dtype, gap):
-    """All programs of each launch, on rows that follow one another and on rows of a wider tensor."""
-    call, launches, reads, writes = OPS[op]
+def test_every_element_is_accessed_once(op, dtype, gap):
+    """All programs of each launch, on contiguous rows and on rows of a wider tensor."""
+    call, expected_launches, reads, writes = OPS[op]
     for shape in shapes(dtype):
-        with virtual_memory() as caught:
+        with virtual_memory() as launches:
             call(batch(shape, dtype, shape[1] + gap))
-        assert len(caught) == launches
+        assert len(launches) == expected_launches
         moved = {"read": 0, "written": 0}
-        for launch in caught:
+        for launch in launches:
             for program in range(launch.programs):
                 launch.run(program)
             for name, tensor in launch.tensors.items():
                 where = f"{launch.name}, {name}, {shape}"
-                read, written = (times(touched[name], tensor) for touched in (launch.read, launch.written))
-                if name == "partials":  # a row's are a power of two: some are left over
+                read, written = (access_counts(accessed[name], tensor) for accessed in (launch.read, launch.written))
+                if name == "partials":  # a row has a power of two of them, and uses as many as it has programs
                     assert written <= {0, 1}, f"{where}: elements are written {written} times"
                     assert sum(map(len, launch.written[name])) == launch.programs
                 else:
                     assert written in ({0}, {1}), f"{where}: elements are written {written} times"
-                counted = times(launch.counted[name], tensor)
+                counted = access_counts(launch.counted[name], tensor)
                 assert counted == ({launch.programs} if name == "arrived" else {0}), f"{where}: counted {counted} times"
                 if name in ROW_TENSORS:
                     assert len(read) == 1, f"{where}: elements are read {read} times"
@@ -120,23 +123,23 @@ def test_every_element_once(op, dtype, gap):
         assert moved == {"read": reads, "written": writes}, shape
 
 
-def times(touched, tensor):
-    """How often the elements of the tensor were touched: one number, where all are treated alike."""
-    return set(np.bincount(np.concatenate([np.zeros(0, int), *touched]), minlength=tensor.numel()).tolist())
+def access_counts(accessed, tensor):
+    """How often elements of the tensor were accessed: one number, where all were equally often."""
+    return set(np.bincount(np.concatenate([np.zeros(0, int), *accessed]), minlength=tensor.numel()).tolist())
 
 
 @pytest.mark.parametrize("op", ["interpolate", "adjoint", "perturb", "forward", "backward", "double"])
 @pytest.mark.parametrize(("shape", "stride"), LARGE)
-def test_past_31_bits(op, shape, stride):
-    """The first program, the last, and one between them, of tensors that no machine here could hold."""
-    with virtual_memory() as caught:
+def test_tensors_of_more_than_2_31_elements(op, shape, stride):
+    """The first program, the last, and one between them, of tensors larger than the memory of this machine."""
+    with virtual_memory() as launches:
         OPS[op][0](batch(shape, torch.float16, stride))
-    for launch in caught:
+    for launch in launches:
         assert launch.programs <= CUDA_GRID
         for program in sorted({0, random.Random(0).randrange(launch.programs), launch.programs - 1}):
             launch.run(program)
         for name in ROW_TENSORS & launch.tensors.keys():
-            touched = np.concatenate(launch.read[name] + launch.written[name])
-            assert touched.min() == 0
+            accessed = np.concatenate(launch.read[name] + launch.written[name])
+            assert accessed.min() == 0
             if launch.name != "reduce_rows_kernel":  # the last element of a split row is not always the last program's
-                assert touched.max() == launch.tensors[name].numel() - 1
+                assert accessed.max() == launch.tensors[name].numel() - 1

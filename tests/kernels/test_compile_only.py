@@ -1,20 +1,18 @@
-"""Every kernel, compiled for every GPU we name with no GPU here, keeps its budget: each row of `fused_gp inspect`."""
+"""Every kernel, compiled for every target without a GPU, keeps its budget: each row of `fused_gp inspect`."""
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
+
+from tests.support.processes import ROOT, python_compiled
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
 import triton
 
-from fused_gp import kernels
-from fused_gp.__main__ import main
-
-COMPLETE = ["sm_90", "gfx942"]  # all variants
-PART = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx1100"]  # what is called most
+COMPLETE = ["sm_90", "gfx942"]  # all variants of the kernels
+PART = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx90a", "gfx1100"]  # the most used variants
 INSPECT_PART = """
 import json, sys, torch
 from fused_gp.inspection import LONG, inspect, table
@@ -26,13 +24,15 @@ for target in sys.argv[1:]:
 print(json.dumps({"rows": [row._asdict() for row in found], "table": table(found)}))
 """
 
-CONSTRAINTS = (Path(__file__).parent.parent / "constraints.txt").read_text()
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 TESTED = dict(line.split("==") for line in CONSTRAINTS.splitlines() if "==" in line)["triton"]
-counts = pytest.mark.skipif(triton.__version__ != TESTED, reason=f"counts of what Triton {TESTED} makes of the kernels")
+only_for_the_tested_triton = pytest.mark.skipif(
+    triton.__version__ != TESTED, reason=f"counts instructions as Triton {TESTED} compiles the kernels"
+)
 
 ITEMSIZE = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
-# Elements read and written for each element of a row: the table of the design.
+# Elements read and written for each element of a row.
 READ = {
     "interpolate": 2, "interpolate_adjoint": 1, "perturb": 2, "reduce_rows": 1, "reduce_rows, second order": 2,
     "scale_rows": 1, "scale_rows, second order": 2, "scale_rows, second order, squared": 1,
@@ -42,9 +42,9 @@ WRITTEN = {
     "scale_rows": 1,
 }  # fmt: skip
 
-# The most instructions for an element of a row, in fp32, half types and fp64: what Triton 3.7.1 makes of the kernels,
-# and some 15 %. In the elementwise kernels the few elements of a thread (8 of fp32 where a wavefront has 64 threads)
-# share all that a program does once; the reductions are their loop over tiles, or, "short", all but the last sum.
+# The most instructions for an element of a row, in fp32, half types and fp64: 15 % above those of Triton 3.7.1. In the
+# elementwise kernels the few elements of a thread (8 of fp32 where a wavefront has 64 threads) share the fixed costs of
+# a program; the reductions are their loop over tiles, or, "short", all but the last sum.
 INSTRUCTIONS = {
     "sm": {
         "interpolate": (10, 10.5, 18), "interpolate_adjoint": (9.3, 8.7, 16.5), "perturb": (10.5, 11.5, 19),
@@ -60,7 +60,7 @@ INSTRUCTIONS = {
     },
 }  # fmt: skip
 
-# Bytes that a multiprocessor must have on their way: its share of the bandwidth of a device of this target, times
+# Bytes that a multiprocessor must have in flight: its share of the bandwidth of a device of this target, times
 # 0.8 us (1 us on AMD); kernels/tiles.py says why. GB/s and processors of T4, A100, RTX 3090, RTX 4090, H100, B200,
 # RTX 5090, one half of an MI250X, MI300X, RX 7900 XTX.
 BANDWIDTH = {
@@ -68,9 +68,10 @@ BANDWIDTH = {
     "sm_100": (8000, 148), "sm_120": (1792, 170), "gfx90a": (1638, 110), "gfx942": (5300, 304), "gfx1100": (960, 96),
 }  # fmt: skip
 
-# From the store of a partial sum to the first loads of others': every thread's store, a barrier, the arrival, which
-# releases and acquires, a barrier. LLVM writes a release as the write-back of caches (where the hardware needs one) and
-# a wait for stores, an acquire as an invalidation. gfx1100 waits for its stores before the barrier.
+# From the store of a partial sum to the first loads of others: every thread's store, a barrier, the atomic on the
+# arrival counter, which releases and acquires, a barrier. LLVM writes a release as the write-back of caches (where the
+# hardware needs one) and a wait for stores, an acquire as an invalidation. gfx1100 waits for its stores before the
+# barrier.
 ARRIVAL = {
     "sm": ["store", "bar.sync", "atom.global.gpu.acq_rel.add.u32", "bar.sync"],
     "gfx90a": ["store", "s_barrier", "s_waitcnt vmcnt(0)", "global_atomic_add", "s_waitcnt vmcnt(0)",
@@ -82,23 +83,14 @@ ARRIVAL = {
 }  # fmt: skip
 
 
-def run(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
-
-
 @cache
 def inspected(target):
-    done = run("-m", "fused_gp", "inspect", "--json", "--target", target)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(python_compiled("-m", "fused_gp", "inspect", "--json", "--target", target))
 
 
 @cache
 def inspected_in_part():
-    done = run("-c", INSPECT_PART, *PART)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(python_compiled("-c", INSPECT_PART, *PART))
 
 
 @pytest.fixture(
@@ -108,7 +100,7 @@ def inspected_in_part():
     ]
 )
 def rows(request):
-    """Compiled once for all the tests of a target."""
+    """Compiled once for all tests of a target."""
     if request.param in COMPLETE:
         return inspected(request.param)
     return [row for row in inspected_in_part()["rows"] if row["target"] == request.param]
@@ -122,17 +114,17 @@ def is_aligned(row):
     return not row["variant"].startswith(("odd rows", "rows of one", "one number"))
 
 
-def case(row):
+def kind_of_rows(row):
     return row["variant"].split(",")[0]
 
 
 def access_bits(row):
-    """As much as divides the rows, and no more than an access can move."""
-    return 64 if (case(row), row["dtype"]) == ("short rows of 100", "float16") else 128
+    """The most bits that divide a row, up to the widest access."""
+    return 64 if (kind_of_rows(row), row["dtype"]) == ("short rows of 100", "float16") else 128
 
 
 def lookup(table, row):
-    """The entry for a kernel and the options that matter to it: the longest that fits."""
+    """The entry for a kernel and the options that matter to it: the longest key that fits."""
     kernel = row["kernel"]
     if "second order" in row["variant"]:
         kernel += ", second order"
@@ -142,14 +134,14 @@ def lookup(table, row):
     return table[kernel] if kernel in table else table[row["kernel"]]
 
 
-def moved(row):
+def elements_moved(row):
     written = lookup(WRITTEN, row)
     if row["kernel"] == "interpolate_adjoint" and "real and fake" not in row["variant"]:
         written = WRITTEN["interpolate_adjoint of one"]
     return lookup(READ, row), written
 
 
-def test_all_is_there(rows):
+def test_every_kernel_and_dtype_is_inspected(rows):
     kernels = {"interpolate", "interpolate_adjoint", "reduce_rows", "scale_rows"}
     if rows[0]["target"] in COMPLETE:
         kernels.add("perturb")
@@ -158,68 +150,68 @@ def test_all_is_there(rows):
     assert {row["kernel"] for row in rows} == kernels
 
 
-@counts
-def test_registers(rows):
-    """No spills; four programs of 128 threads fit even with the most registers (65,536 in all)."""
+@only_for_the_tested_triton
+def test_few_registers_and_no_spills(rows):
+    """Four programs of 128 threads fit even with the most registers (65,536 in all)."""
     for row in rows:
         assert row["spilled_bytes"] == 0, row
         assert row["registers"] <= 128, row
         assert row["shared_bytes"] <= 2048, row
 
 
-def test_elements_moved(rows):
+def test_no_element_is_moved_twice(rows):
     for row in rows:
-        assert row["moved"] == row["minimum"] == sum(moved(row)), row
+        assert row["moved"] == row["minimum"] == sum(elements_moved(row)), row
 
 
-@counts
-def test_widths(rows):
-    """Of aligned rows each element is in one wide access; besides, there are the few numbers that rows have."""
+@only_for_the_tested_triton
+def test_aligned_rows_are_read_and_written_in_wide_accesses(rows):
+    """Each element is in one wide access; the few other accesses are for numbers that rows have."""
     for row in rows:
         if not is_aligned(row):
             continue
-        reads, writes = moved(row)
+        reads, writes = elements_moved(row)
         bits = access_bits(row)
         vectors = row["elements"] * ITEMSIZE[row["dtype"]] * 8 / bits
         loads, stores = ({int(bits): n for bits, n in row[kind].items()} for kind in ("loads", "stores"))
         assert vectors == int(vectors) > 0, row
         numbers = (
             2 if "short" in row["variant"] and row["dtype"] != "float32" else 0
-        )  # of rows, neighbours, in one load
+        )  # norms of neighbouring rows in one load
         assert reads * vectors <= loads.pop(bits, 0) <= reads * vectors + numbers, row
-        rows_of_thread = vectors if case(row) == "short rows of 100" else 2  # and up to three numbers of each
+        rows_of_thread = vectors if kind_of_rows(row) == "short rows of 100" else 2  # and up to three numbers of each
         assert sum(loads.values()) <= 3 * rows_of_thread, row
         assert stores.pop(bits, 0) == writes * vectors, row
         assert sum(stores.values()) <= (2 if row["kernel"] == "reduce_rows" else 0), row
 
 
-def test_no_thread_without_an_element(rows):
-    """Where a program has fewer elements than threads, several threads treat the same one."""
+def test_programs_of_one_element_have_no_idle_threads(rows):
+    """Where a program has fewer elements than threads, several threads compute the same one."""
     for row in rows:
         if row["variant"].startswith(("rows of one", "one number")):
             assert row["elements"] == 1, row
 
 
-@counts
-def test_instructions(rows):
+@only_for_the_tested_triton
+def test_instructions_per_element(rows):
     for row in rows:
-        if row["variant"].startswith(("rows of one", "one number")):  # a program of few elements is all fixed costs
+        if row["variant"].startswith(("rows of one", "one number")):  # fixed costs alone
             continue
         wide = "beside float64" in row["variant"]
         column = 2 if wide or row["dtype"] == "float64" else 0 if row["dtype"] == "float32" else 1
         limit = lookup(INSTRUCTIONS[family(row)], row)[column]
-        if row["variant"].startswith("odd rows"):  # an element an access
+        if row["variant"].startswith("odd rows"):  # one element in each access
             limit *= 2.2
-        if case(row) == "short rows of 100":  # of which a thread treats many, an access of each
+        if kind_of_rows(row) == "short rows of 100":  # a thread computes many of them, with one access of each
             limit *= 1.4
-        if (row["target"], row["dtype"]) == ("sm_75", "bfloat16"):  # which has no conversion to bf16
+        if (row["target"], row["dtype"]) == ("sm_75", "bfloat16"):  # it has no conversion to bf16
             limit *= 2.1
         assert row["instructions"] / row["elements"] <= limit, row
 
 
-@counts
-def test_bytes_in_flight(rows):
-    """Memory has enough to do while the program that waits for it waits: its bandwidth is used."""
+@only_for_the_tested_triton
+def test_bytes_in_flight_use_the_bandwidth(rows):
+    """Loads in flight cover the latency of memory at its full bandwidth."""
     for row in rows:
         if not is_aligned(row):
             continue
@@ -227,23 +219,27 @@ def test_bytes_in_flight(rows):
         latency = 800 if family(row) == "sm" else 1000
         threads = 4 * (64 if row["target"].startswith("gfx9") else 32)
         assert row["in_flight_bytes"] * threads * row["programs"] >= gigabytes / processors * latency, row
-        if row["kernel"] == "reduce_rows" and "short" not in row["variant"]:  # the whole of the next tile, at once
-            assert row["in_flight_bytes"] >= row["elements"] * ITEMSIZE[row["dtype"]] * moved(row)[0], row
+        if row["kernel"] == "reduce_rows" and "short" not in row["variant"]:  # all of the next tile
+            assert row["in_flight_bytes"] >= row["elements"] * ITEMSIZE[row["dtype"]] * elements_moved(row)[0], row
         assert row["occupancy"] >= 0.25, row
 
 
-def test_reductions_may_have_enough_programs():
-    """Half of them, as many as many a shape gets, with a tile each on its way, use the bandwidth of a whole device."""
+def test_reductions_can_use_the_bandwidth():
+    """Half of the programs, each with one tile in flight, use the bandwidth of a whole device."""
     from fused_gp.kernels.tiles import PROGRAMS, TILE_BYTES
 
     for target, (gigabytes, _) in BANDWIDTH.items():
         assert gigabytes * (800 if target.startswith("sm") else 1000) <= PROGRAMS // 2 * TILE_BYTES, target
 
 
-def test_arrival(rows):
-    """One in each program of a reduction that has partial sums to hand on, with the order that they need."""
+def test_partial_sums_are_ordered_before_the_last_program_reads_them(rows):
+    """One atomic in each program of a reduction with partial sums, with release and acquire around it; none
+    elsewhere."""
     for row in rows:
-        if row["kernel"] != "reduce_rows" or case(row) in ("rows of one", "one number"):  # where a program is alone
+        if row["kernel"] != "reduce_rows" or kind_of_rows(row) in (
+            "rows of one",
+            "one number",
+        ):  # one program for each row
             assert row["arrival"] == [], row
         elif row["arrival"] or not row["variant"].endswith("no mean"):
             store, *others = row["arrival"]
@@ -252,49 +248,9 @@ def test_arrival(rows):
             assert ["store", *others][: len(expected)] == expected, row
 
 
-def test_code_behind_the_arrival():
-    """Compilers may place a loop there; it is what runs before that is read."""
-    from fused_gp.inspection import _Instruction, _loops_over_tiles, _up_to
-
-    code = [
-        _Instruction("s_cbranch_execz", jump=5),
-        _Instruction("s_barrier"),
-        _Instruction("global_atomic_add"),
-        _Instruction("global_load_dword", load=32),
-        _Instruction("s_endpgm"),
-        _Instruction("global_load_dwordx4", load=128),
-        _Instruction("s_cbranch_scc1", jump=5),
-        _Instruction("s_branch", jump=1),
-        _Instruction("s_endpgm"),
-    ]
-    before = _up_to(2, code)
-    assert [i.text for i in before] == [code[at].text for at in (0, 1, 5, 6, 7)]
-    assert [i.load for loop in _loops_over_tiles(before) for i in loop] == [128, 0]
-    assert _up_to(None, code) == code
-
-
-def refused(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["fused_gp", "inspect", *arguments])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    return capsys.readouterr().err
-
-
-def test_unknown_targets_are_told(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
-    error = refused(monkeypatch, capsys, "--target", "sm_90", "sm_91")
-    assert "argument --target: must be among sm_75, sm_80" in error
-    assert "got sm_91" in error
-
-
-def test_interpreted_kernels_are_told(monkeypatch, capsys):
-    """As they are in this process."""
-    assert "TRITON_INTERPRET=1 has them interpreted: unset it" in refused(monkeypatch, capsys)
-
-
 @pytest.mark.xdist_group("in part")
-def test_table():
-    """A line for each row, below the names of the columns."""
+def test_the_table_has_a_line_for_each_row():
+    """Below the names of the columns."""
     found = inspected_in_part()
     head, *lines = found["table"].splitlines()
     assert head.split()[:5] == ["target", "kernel", "variant", "dtype", "regs"]

@@ -1,10 +1,11 @@
-"""Finite differences in fp64, and the third order, which leaves the fused kernels for differentiable torch."""
+"""Both ops against finite differences in fp64, and the third order, which plain torch computes, not the kernels."""
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference
+from fused_gp import gradient_norm_penalty, interpolate
+from tests.support.family import ours_and_reference
 
 FORMS = [
     {"reduction": "none"},
@@ -14,14 +15,14 @@ FORMS = [
 ]
 
 
-def doubles(*shape, device="cpu"):
+def fp64_leaf(*shape, device="cpu"):
     return torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2)], ids=str)
-def test_penalty(place, shape, form):
-    gradients = doubles(*shape, device=place.device)
+def test_penalty_by_finite_differences(place, shape, form):
+    gradients = fp64_leaf(*shape, device=place.device)
 
     def function(g):
         return gradient_norm_penalty(g, backend=place.backend, **form)
@@ -30,8 +31,8 @@ def test_penalty(place, shape, form):
     assert gradgradcheck(function, gradients)
 
 
-def test_interpolate(place):
-    inputs = (doubles(3, 2, 2, device=place.device), doubles(3, 2, 2, device=place.device))
+def test_interpolation_by_finite_differences(place):
+    inputs = (fp64_leaf(3, 2, 2, device=place.device), fp64_leaf(3, 2, 2, device=place.device))
     alpha = torch.rand(3, dtype=torch.float64, device=place.device, requires_grad=True)
 
     def function(real, fake, alpha):
@@ -39,20 +40,19 @@ def test_interpolate(place):
 
     assert gradcheck(function, (*inputs, alpha))
     assert gradgradcheck(function, (*inputs, alpha))
-    # Alone: beside alpha's, a gradient without a graph of its own would go unnoticed.
+    # Without alpha's gradient, whose graph would hide that another gradient has none.
     assert gradgradcheck(lambda real, fake: function(real, fake, alpha.detach()), inputs)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_penalty_third_order(place, form):
-    """The gradient of a function of the second derivatives, where a wrong fallback would be silent."""
+def test_third_order_of_the_penalty(place, form):
+    """The gradient of a function of the second derivatives, where a wrong fallback would raise no error."""
     start = torch.randn(3, 5, dtype=torch.float64, device=place.device)
     direction = torch.randn(3, 5, dtype=torch.float64, device=place.device)
     results = []
-    options = {"backend": place.backend}
-    for function, extra in ((gradient_norm_penalty, options), (reference.gradient_norm_penalty, {})):
+    for function, options in ours_and_reference("gradient_norm_penalty", backend=place.backend):
         g = start.clone().requires_grad_()
-        penalty = function(g, **form, **extra)
+        penalty = function(g, **form, **options)
         (first,) = torch.autograd.grad(penalty.square().sum(), g, create_graph=True)
         (second,) = torch.autograd.grad((first * direction).sum(), g, create_graph=True)
         third = torch.autograd.grad(second.square().sum(), g)
@@ -62,9 +62,9 @@ def test_penalty_third_order(place, form):
         torch.testing.assert_close(actual, expected)
 
 
-def test_penalty_third_order_zero_row():
-    """A zero row with eps = 0 stays at zero in the third order too, beside rows that are not."""
-    g = doubles(3, 5)
+def test_third_order_at_a_zero_row_is_zero():
+    """With eps = 0, and beside rows whose third derivative is not zero."""
+    g = fp64_leaf(3, 5)
     with torch.no_grad():
         g[1] = 0
     penalty = gradient_norm_penalty(g, eps=0.0)
@@ -74,18 +74,3 @@ def test_penalty_third_order_zero_row():
     assert third.isfinite().all()
     assert (third[1] == 0).all()
     assert (third[0] != 0).all()
-
-
-def test_call_weight_gradients_by_finite_differences(place):
-    """The whole way: d penalty / d weights of a small critic, and through an attached fake batch."""
-    real = doubles(3, 4, device=place.device).detach()
-    weight, fake = doubles(4, 5, device=place.device), doubles(3, 4, device=place.device)
-    last = doubles(5, device=place.device)
-
-    def function(weight, last, fake):
-        def critic(x):
-            return torch.nn.functional.silu(x @ weight) @ last
-
-        return fused_gradient_penalty(critic, real, fake, alpha=0.3, backend=place.backend)
-
-    assert gradcheck(function, (weight, last, fake))

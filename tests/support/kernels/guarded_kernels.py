@@ -1,9 +1,9 @@
-"""Run every launcher under Triton's interpreter on tensors that end, or begin, where memory may not be touched.
+"""Run every launcher under Triton's interpreter on tensors that end, or begin, beside pages without access.
 
-Run by test_memory_safety.py in processes of their own, because an access outside a tensor ends the process; the last
-line printed tells which case it was:
+Run by tests/kernels/test_memory_safety.py in processes of their own, because an access outside of a tensor ends the
+process; the last line printed is the case:
 
-    python guarded_kernels.py float32
+    python -m tests.support.kernels.guarded_kernels float32
 """
 
 import ctypes
@@ -33,16 +33,16 @@ new_empty, empty_like, zeros = torch.Tensor.new_empty, torch.empty_like, torch.z
 
 
 class Memory:
-    """Makes tensors, each in pages of its own between two closed ones: flush with the one after it, or before it."""
+    """Allocates tensors in pages of their own between two pages without access, flush with the latter or the former."""
 
     def __init__(self, side):
         self.side, self.made = side, []
 
     def __enter__(self):
-        """Whatever the launchers make lies here too."""
+        """Tensors that the launchers allocate are allocated here too."""
         torch.Tensor.new_empty = lambda like, *shape, dtype=None, **options: (
             new_empty(like, *shape, dtype=dtype, **options) if options else self.empty(shape, dtype or like.dtype)
-        )  # with options: the interpreter's own, which holds nothing
+        )  # with options: the interpreter's own, which is empty
         torch.empty_like = lambda like: self.empty(like.shape, like.dtype)
         torch.zeros = lambda *shape, dtype, device: self.empty(shape, dtype).zero_()
         launch._zeroed.clear()
@@ -67,7 +67,7 @@ class Memory:
         return torch.frombuffer(pages, dtype=dtype, count=nbytes // dtype.itemsize, offset=begin).view(shape)
 
     def rows(self, values, gap):
-        """A copy whose rows lie `gap` elements apart; after the last one nothing follows."""
+        """A copy with `gap` elements between rows, and none after the last row."""
         rows, width = values.shape
         stride = width + gap
         flat = self.empty([(rows - 1) * stride + width], values.dtype)
@@ -81,12 +81,12 @@ class Memory:
             assert outside == bytes([BORDER]) * len(outside), "written outside of a tensor"
 
 
-# Constants of the table, so small that all its thresholds lie close together.
+# Constants of tiles.py, so small that all its thresholds lie close together.
 SMALL = {"TILE_BYTES": 256, "PROGRAMS": 8}
 
 
 def cases(dtype):
-    """Tables, rows and widths: on both sides of every threshold of a small table, and around a tile of the real one."""
+    """Constants, rows and widths: on both sides of every threshold of the small constants, and around a real tile."""
     tile = SMALL["TILE_BYTES"] // dtype.itemsize
     widths = [1, 2, 3, 5, *[n + d for n in (tile // 2, tile, 2 * tile, 4 * tile) for d in (-1, 0, 1)], 8 * tile]
     for rows, width in itertools.product((1, 2, 3, 5, 7, 8, 9), widths):
@@ -106,7 +106,7 @@ def calls(memory, rows, width, dtype, gap, reduction):
     acc = accumulation_type(dtype)
     x, y = (memory.rows(torch.randn(rows, width).to(dtype), gap) for _ in range(2))
     column, upstream = (memory.rows(torch.rand(1, rows).to(acc) + 0.1, 0)[0] for _ in range(2))
-    norms = memory.rows(torch.rand(1, rows).to(acc) + 1, 0)[0]  # small ones would carry fp16 past its range
+    norms = memory.rows(torch.rand(1, rows).to(acc) + 1, 0)[0]  # with small ones fp16 results would overflow
     yield "interpolate", (x, y, column.view(rows, 1))
     yield "interpolate_adjoint", (x, column.view(rows, 1), True, True)
     yield "perturb", (x, y, column.view(rows, 1))
@@ -130,7 +130,9 @@ def check(rows, width, dtype, side, gap, reduction):
         print(name, f"({rows}, {width}) {dtype}, {gap} elements between rows, at the {side} of a page", flush=True)
         with memory:
             results = flat(getattr(kernels, name)(*args))
-        assert all(result.isfinite().all() for result in results), "NaN was read, or left"
+        assert all(result.isfinite().all() for result in results), (
+            "uninitialised memory was read, or a result not written"
+        )
         memory.check_borders()
 
 
@@ -143,7 +145,7 @@ def lost_mask_kernel(x, out, width, COLS: tl.constexpr):
 def main(name: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if name == "lost-mask":  # to see that it is noticed
+    if name == "lost-mask":  # to check that it is detected
         memory = Memory("end")
         print(name, flush=True)
         lost_mask_kernel[(1,)](memory.empty([5], torch.float32), memory.empty([5], torch.float32), 5, COLS=8)

@@ -1,6 +1,8 @@
-"""What is launched where kernels are compiled, not interpreted; printed as one JSON object, a member for each question.
+"""Launches of compiled kernels, recorded on a null device; printed as one JSON object with a member for each function.
 
-Run by test_null_device.py in a process of its own, on a null device.
+Run by tests/kernels/test_launch.py in a process of its own, where kernels are compiled, not interpreted:
+
+    python -m tests.support.kernels.null_device_worker
 """
 
 import json
@@ -20,11 +22,15 @@ TARGET = GPUTarget("cuda", 90, 32)
 
 
 def main():
-    questions = (ops, penalties, lone, drivers, refusal, devices, elsewhere, current, fast, variants, many, watched)
-    print(json.dumps({question.__name__: question() for question in questions}))
+    functions = (
+        launches_of_ops, launches_of_penalties, reduction_memory, active_drivers, cpu_error, devices,
+        real_device_tensors, current_device_and_stream, direct_launches, kernel_variants, compiled_entries,
+        hooked_launches,
+    )  # fmt: skip
+    print(json.dumps({function.__name__: function() for function in functions}))
 
 
-class Steps:
+class LaunchesByStep:
     """The kernels launched in each step of a computation, by the step's name."""
 
     def __init__(self, launches):
@@ -36,56 +42,52 @@ class Steps:
         return result
 
 
-def gradient(of, at):
-    return torch.autograd.grad([x.sum() for x in of], at, create_graph=True)
-
-
-def ops():
+def launches_of_ops():
     """Forward, backward and double backward of each op, of one tensor and of two."""
-    answers = {}
+    steps = {}
     for count in (1, 2):
         x, y, u = ([torch.randn(4, 6, requires_grad=True) for _ in range(count)] for _ in range(3))
         alpha = torch.rand(4, 1)
         with null_device(TARGET) as launches:
-            step = answers[f"interpolate, {count}"] = Steps(launches)
+            step = steps[f"interpolate, {count}"] = LaunchesByStep(launches)
             x_hat = step("forward", interpolate(tuple(x), tuple(y), alpha, backend="triton"))
             grads = step("backward", torch.autograd.grad(x_hat, [*x, *y], u, create_graph=True))
             step("double", torch.autograd.grad(grads, u, [torch.ones_like(g) for g in grads]))
         for form in ({}, {"one_sided": True, "reduction": "none"}, {"squared": True}):
             with null_device(TARGET) as launches:
-                step = answers[f"penalty {form}, {count}"] = Steps(launches)
+                step = steps[f"penalty {form}, {count}"] = LaunchesByStep(launches)
                 value = step("forward", gradient_norm_penalty(tuple(x), backend="triton", **form))
                 a = torch.ones_like(value, requires_grad=True)
                 step("backward alone", torch.autograd.grad(value, x, a, retain_graph=True))
                 grads = step("backward", torch.autograd.grad(value, x, a, create_graph=True))
                 step("double", torch.autograd.grad(grads, [*x, a], u))
-    return {name: step.names for name, step in answers.items()}
+    return {name: step.names for name, step in steps.items()}
 
 
-def penalties():
-    """The whole penalty, to the critic's weights, to the generator's, and differentiated once more."""
+def launches_of_penalties():
+    """The whole penalty: gradients of the critic's weights, of the generator's, and a second derivative."""
     critic = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
     weights = list(critic.parameters())[:-1]
     real, fake = torch.randn(4, 6), torch.randn(4, 6, requires_grad=True)
-    answers = {}
+    steps = {}
     with null_device(TARGET) as launches:
-        step = answers["penalty"] = Steps(launches)
+        step = steps["penalty"] = LaunchesByStep(launches)
         value = step("forward", fused_gradient_penalty(critic, real, fake.detach(), backend="triton"))
         step("backward", torch.autograd.grad(value, weights))
-        step = answers["attached"] = Steps(launches)
+        step = steps["attached"] = LaunchesByStep(launches)
         value = step("forward", fused_gradient_penalty(critic, real, fake, backend="triton"))
         step("backward", torch.autograd.grad(value, [*weights, fake]))
-        step = answers["twice"] = Steps(launches)
+        step = steps["twice"] = LaunchesByStep(launches)
         value = step("forward", fused_gradient_penalty(critic, real, fake.detach(), backend="triton"))
         grads = step("backward", torch.autograd.grad(value, weights, create_graph=True, materialize_grads=True))
         step("double", torch.autograd.grad(sum(g.sum() for g in grads), weights, materialize_grads=True))
-        step = answers["r1"] = Steps(launches)
+        step = steps["r1"] = LaunchesByStep(launches)
         value = step("forward", r1_penalty(critic, real, backend="triton"))
         step("backward", torch.autograd.grad(value, weights))
-        step = answers["two inputs"] = Steps(launches)
+        step = steps["two inputs"] = LaunchesByStep(launches)
         value = step("forward", fused_gradient_penalty(Both(critic), (real, real), (real, real), backend="triton"))
         step("backward", torch.autograd.grad(value, weights))
-    return {name: step.names for name, step in answers.items()}
+    return {name: step.names for name, step in steps.items()}
 
 
 class Both(torch.nn.Module):
@@ -97,40 +99,40 @@ class Both(torch.nn.Module):
         return self.critic(inputs[0] + 2 * inputs[1])
 
 
-def lone():
-    """What a reduction's programs meet in, by how many programs there are."""
-    met = {}
+def reduction_memory():
+    """By shape and reduction: number of programs, slots for partial sums, and whether there is an arrival counter."""
+    found = {}
     for shape in ((2, 4), (64, 2), (3, 1500), (1, 9000)):
         for reduction in ("mean", "none"):
             with null_device(TARGET) as launches:
                 gradient_norm_penalty(torch.randn(shape), reduction=reduction, backend="triton")
             given = launches[0].arguments
-            met[f"{shape}, {reduction}"] = [
+            found[f"{shape}, {reduction}"] = [
                 launches[0].grid[0],
                 None if given["partials"] is None else given["partials"].numel(),
                 given["arrived"] is not None,
             ]
-    return met
+    return found
 
 
-def drivers():
-    """Which driver is active before, in and after a null device that an error ends, and in one inside another."""
+def active_drivers():
+    """In null devices inside one another, and after one that ended with an error."""
     before = driver._active
-    kinds = []
+    found = []
     with null_device(TARGET) as outer:
         first = driver._active
         with null_device(TARGET, 1) as inner:
             kernels.interpolate(*batch())
-        kinds.append([len(outer), len(inner), driver._active is first, driver.active.get_current_target() == TARGET])
+        found.append([len(outer), len(inner), driver._active is first, driver.active.get_current_target() == TARGET])
     try:
         with null_device(TARGET):
             raise KeyError
     except KeyError:
-        kinds.append(driver._active is before)
-    return kinds
+        found.append(driver._active is before)
+    return found
 
 
-def refusal():
+def cpu_error():
     """The error for CPU tensors outside a null device."""
     try:
         interpolate(*batch(), backend="triton")
@@ -154,17 +156,17 @@ def devices():
     }  # fmt: skip
 
 
-def elsewhere():
-    """How many of two launches on tensors of a real device are recorded: it is not looked for, nor made current."""
+def real_device_tensors():
+    """How many of two launches on tensors of a real device are recorded. The device itself is not used."""
     with null_device(TARGET) as launches, mock.patch.object(torch.Tensor, "get_device", return_value=0):
         for _ in range(2):
             kernels.interpolate(*batch())
     return len(launches)
 
 
-def current():
-    """The device and the stream that two launches go to, while another device than the tensors' is current."""
-    where = []
+def current_device_and_stream():
+    """Of two launches, while another device than the tensors' is current; and the current device afterwards."""
+    found = []
 
     @contextmanager
     def made_current(device):
@@ -173,7 +175,7 @@ def current():
         driver.active.device = former
 
     def record(self, x, y, z, stream, *_):
-        where.append([driver.active.get_current_device(), stream])
+        found.append([driver.active.get_current_device(), stream])
 
     with (
         null_device(TARGET),
@@ -183,19 +185,19 @@ def current():
         mock.patch.object(launch, "_on_device", made_current),
         mock.patch.object(_Recorder, "__call__", record),
     ):
-        for _ in range(2):  # by Triton, which compiles; directly
+        for _ in range(2):  # the first by Triton, which compiles, the second directly
             kernels.interpolate(*batch())
-        where.append(driver.active.device)
-    return where
+        found.append(driver.active.device)
+    return found
 
 
 def batch():
     return torch.randn(4, 6), torch.randn(4, 6), torch.rand(4, 1)
 
 
-def fast():
-    """For launches that differ in what Triton specialises on: does `launch`, when it knows them, what Triton does?"""
-    answers = {}
+def direct_launches():
+    """Whether direct launches have Triton's kernel, grid and arguments, for all that Triton specialises on."""
+    found = {}
     x, alpha, out = torch.zeros(64), torch.zeros(4, 1), torch.zeros(64)
     base = {"real": x, "fake": x, "alpha": alpha, "out": out, "rows": 3, "width": 5, "tiles": 7, "real_stride": 5,
             "fake_stride": 5}  # fmt: skip
@@ -223,26 +225,26 @@ def fast():
     kernel = interpolation.interpolate_kernel
     with null_device(TARGET) as launches:
         seen = []
-        for _ in range(2):  # the second time through, all is known, and nothing of one variant may serve another
+        for _ in range(2):  # in the second round all are compiled, and each must find its own kernel
             for name, changes in variants.items():
                 values = tuple({**base, "ROWS": 4, "COLS": 32, "VECTOR": 1, **changes}.values())
                 with counted_runs() as runs:
                     launch.launch(kernel, 6, values[:4], values[4:9], (), values[9:])
                 launch._launch_by_triton(kernel, 6, *values)
-                ours, tritons = launches[-2:]
-                seen.append(tritons.compiled)
-                answers[name] = {
+                direct, by_triton = launches[-2:]
+                seen.append(by_triton.compiled)
+                found[name] = {
                     "runs": len(runs),
-                    "kernel": ours.compiled is tritons.compiled,
-                    "call": ours.grid == tritons.grid
-                    and all(a is b for a, b in zip(ours.values, tritons.values, strict=True)),
-                    "shared": next(n for n, other in zip(variants, seen, strict=False) if other is tritons.compiled),
+                    "kernel": direct.compiled is by_triton.compiled,
+                    "call": direct.grid == by_triton.grid
+                    and all(a is b for a, b in zip(direct.values, by_triton.values, strict=True)),
+                    "shared": next(n for n, other in zip(variants, seen, strict=False) if other is by_triton.compiled),
                 }
-    return answers
+    return found
 
 
-def variants():
-    """How many kernels serve rows of all widths that one tile holds, at all distances, and at all addresses."""
+def kernel_variants():
+    """The number of kernels for rows of all widths that fit one tile, with all strides; and at all addresses too."""
     with null_device(TARGET) as launches:
         for width in range(65, 129):
             for gap in (0, 3, 4, 16):
@@ -255,8 +257,8 @@ def variants():
     return [aligned, len({id(each.compiled) for each in launches})]
 
 
-def many():
-    """Launches that are known, after more shapes than are kept; and how many of two of the last shape Triton makes."""
+def compiled_entries():
+    """Entries kept after more shapes than the limit; how many of two launches of the last shape go through Triton."""
     with null_device(TARGET), mock.patch.object(launch, "_MOST_COMPILED", 5):
         for width in range(1, 20):
             kernels.interpolate(torch.randn(4, width), torch.randn(4, width), torch.rand(4, 1))
@@ -268,7 +270,7 @@ def many():
 
 @contextmanager
 def counted_runs():
-    """The calls of Triton's own way to launch."""
+    """The launches through Triton's own `run`."""
     runs, run = [], jit.JITFunction.run
 
     def counted(self, *args, **kwargs):
@@ -279,9 +281,9 @@ def counted_runs():
         yield runs
 
 
-def watched():
-    """How many of two launches go Triton's own way where somebody watches, or the release is unknown."""
-    answers, calls = {}, []
+def hooked_launches():
+    """How many of two launches go through Triton's own `run` with hooks, debugging, or an unknown release."""
+    found, calls = {}, []
     with null_device(TARGET):
         kernels.interpolate(*batch())  # compiles
 
@@ -290,7 +292,7 @@ def watched():
         with null_device(TARGET), counted_runs() as runs:
             for _ in range(2):
                 kernels.interpolate(*batch())
-        answers[name] = len(runs)
+        found[name] = len(runs)
 
     count("plain")
     for name in ("launch_enter_hook", "launch_exit_hook"):
@@ -300,7 +302,7 @@ def watched():
         chain.remove(calls.append)
     interpolation.interpolate_kernel.add_pre_run_hook(lambda *args, **kwargs: calls.append(args))
     count("pre_run_hook")
-    answers["pre_run_hook called"] = len(calls)
+    found["pre_run_hook called"] = len(calls)
     interpolation.interpolate_kernel.pre_run_hooks.clear()
     with knobs.runtime.scope():
         knobs.runtime.debug = True
@@ -312,7 +314,7 @@ def watched():
     with mock.patch.object(launch, "DIRECT", False):
         count("unknown release")
     count("plain again")
-    return answers
+    return found
 
 
 if __name__ == "__main__":

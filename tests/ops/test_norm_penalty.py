@@ -1,16 +1,62 @@
-"""The edges of the two ops: zero rows, norms on the target, alpha at its ends, values that are not finite."""
+"""gradient_norm_penalty compared with the fp64 reference: options, shapes, dtypes, and the edges of its formula."""
+
+import itertools
 
 import pytest
 import torch
 
-from fused_gp import gradient_norm_penalty, interpolate, reference
-from tests.support.tolerances import assert_near
+from fused_gp import gradient_norm_penalty, reference
+from tests.support.orders import assert_same_to_second_order, gradients_like
+from tests.support.places import CPU
+from tests.support.tolerances import DTYPES, assert_near
 
-FORMS = [{}, {"one_sided": True}, {"squared": True}, {"reduction": "none"}]
+# One element, odd, prime, several rows in a tile, rows longer than a tile, rows split over programs.
+SHAPES = [(1,), (5,), (1, 1), (3, 1), (4, 7), (37, 17), (2, 3, 5), (2, 3, 4, 5), (2, 2, 3, 2, 3), (3, 2053), (2, 9001)]
+
+FORMS = [
+    {},
+    {"one_sided": True},
+    {"squared": True},
+    {"target": 0.0},
+    {"target": 0.0, "one_sided": True},
+    {"target": 2.5, "eps": 0.3},
+    {"eps": 0.0},
+    {"grad_scale": 8.0},
+    {"squared": True, "grad_scale": 8.0, "weight": 3.0},
+    {"weight": 10.0, "reduction": "sum"},
+    {"weight": 10.0, "reduction": "none", "one_sided": True},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options_to_second_order(place, dtype, form):
+    gradients = gradients_like((5, 23), dtype, place.device, form.get("grad_scale", 1.0))
+    assert_same_to_second_order(form, gradients, place)
+
+
+@pytest.mark.parametrize("form", [{}, {"one_sided": True, "reduction": "none"}, {"squared": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_to_second_order(place, shape, dtype, form):
+    gradients = gradients_like(shape, dtype, place.device)
+    assert_same_to_second_order(form, gradients, place)
+
+
+def test_pairs_of_options_to_second_order():
+    """No option gets lost beside another: any two together, in plain torch."""
+    gradients = gradients_like((4, 9), torch.float64, "cpu")
+    for one, two in itertools.combinations(FORMS, 2):
+        assert_same_to_second_order(one | two, gradients, CPU)
+
+
+# For the edges.
+EDGE_FORMS = [{}, {"one_sided": True}, {"squared": True}, {"reduction": "none"}]
 
 
 def orders(function, gradients, upstream=None, **options):
-    """Penalty, norms, first and second derivative along ones, the second also as a third order would need it."""
+    """Penalty, norms, first and second derivative along ones; the second one also with a graph, as a third order needs
+    it."""
     g = gradients.detach().clone().requires_grad_()
     penalty, norms = function(g, return_norms=True, **options)
     upstream = torch.ones_like(penalty) if upstream is None else upstream
@@ -20,19 +66,21 @@ def orders(function, gradients, upstream=None, **options):
     return penalty, norms, first, fused, differentiable
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", EDGE_FORMS, ids=str)
 @pytest.mark.parametrize("eps", [0.0, 1e-50, 1e-12, 0.1])
-def test_zero_rows_among_others(place, eps, form):
-    """With eps = 0 a zero row is flat in every order, and its neighbours are what they are without it."""
+def test_a_zero_row_is_finite_and_changes_no_other(place, eps, form):
+    """With eps = 0 its derivatives of every order are zero."""
     gradients = torch.randn(4, 6, device=place.device) * 2
     gradients[1] = 0
     ours = orders(gradient_norm_penalty, gradients, backend=place.backend, eps=eps, **form)
     # An eps of 1e-50 is zero in fp32.
-    truth = orders(reference.gradient_norm_penalty, gradients.double(), eps=0.0 if eps == 1e-50 else eps, **form)
-    for actual, expected, order in zip(ours, truth, (0, 0, 1, 2, 2), strict=True):
+    expected_results = orders(
+        reference.gradient_norm_penalty, gradients.double(), eps=0.0 if eps == 1e-50 else eps, **form
+    )
+    for actual, expected, order in zip(ours, expected_results, (0, 0, 1, 2, 2), strict=True):
         if actual.ndim == 0:
             assert_near(actual, expected, torch.float32, order)
-        else:  # each on its own: with eps = 1e-12 the zero row has a curvature of 2 t / sqrt(eps)
+        else:  # the zero row apart: with eps = 1e-12 its second derivative is 2 t / sqrt(eps)
             others = torch.tensor([0, 2, 3])
             assert_near(actual[others], expected[others], torch.float32, order)
             assert_near(actual[1], expected[1], torch.float32, order)
@@ -46,8 +94,8 @@ def test_zero_rows_among_others(place, eps, form):
         assert all((second[1] == 0).all() for second in seconds)
 
 
-def test_plain_norm_is_nan_where_ours_is_not():
-    """What eps = 0 is for: the double backward of Tensor.norm at a zero row is NaN."""
+def test_double_backward_at_a_zero_row_is_zero_where_tensor_norm_gives_nan():
+    """The purpose of eps = 0."""
     g = torch.zeros(2, 3, requires_grad=True)
     (first,) = torch.autograd.grad(((g.norm(2, 1) - 1) ** 2).mean(), g, create_graph=True)
     (second,) = torch.autograd.grad(first, g, torch.ones_like(first))
@@ -55,21 +103,21 @@ def test_plain_norm_is_nan_where_ours_is_not():
     assert orders(gradient_norm_penalty, g, eps=0.0)[3].eq(0).all()
 
 
-def test_tiny_norms_without_eps(place):
-    """2 t / n^3 overflows fp32 at n = 1e-14; the second derivative, about t / n, does not."""
+def test_tiny_norms_without_eps_do_not_overflow(place):
+    """At n = 1e-14, 2 t / n^3 overflows fp32; the second derivative, about t / n, does not."""
     gradients = torch.full((2, 4), 1e-14, device=place.device)
     gradients[:, 0] *= 2
     options = {"eps": 0.0, "reduction": "none"}
     ours = orders(gradient_norm_penalty, gradients, backend=place.backend, **options)
-    truth = orders(reference.gradient_norm_penalty, gradients.double(), **options)
-    for actual, expected, order in zip(ours, truth, (0, 0, 1, 2, 2), strict=True):
+    expected_results = orders(reference.gradient_norm_penalty, gradients.double(), **options)
+    for actual, expected, order in zip(ours, expected_results, (0, 0, 1, 2, 2), strict=True):
         assert_near(actual, expected, torch.float32, order)
 
 
 @pytest.mark.parametrize(("weight", "batch"), [(1.0, 1), (10.0, 7)])
 @pytest.mark.parametrize("one_sided", [False, True])
-def test_norm_exactly_on_target(place, one_sided, weight, batch):
-    """n = t: value and slope zero; curved when two-sided, flat when one-sided (n > t is not met)."""
+def test_a_norm_on_the_target_has_value_and_gradient_zero(place, one_sided, weight, batch):
+    """The second derivative is not zero when two-sided, and zero when one-sided (n > t does not hold)."""
     gradients = torch.tensor([[3.0, 4.0]], device=place.device).expand(batch, 2)
     options = {"target": 5.0, "eps": 0.0, "one_sided": one_sided, "weight": weight}
     penalty, norms, first, *seconds = orders(gradient_norm_penalty, gradients, backend=place.backend, **options)
@@ -82,11 +130,11 @@ def test_norm_exactly_on_target(place, one_sided, weight, batch):
         torch.testing.assert_close(second.cpu(), expected)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", EDGE_FORMS, ids=str)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, under the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_values_stay_in_their_row(place, bad, form):
-    """They show in the norm of their own row, are never masked, and do not touch the others' gradients."""
+    """They show in the norm of their own row, are never masked, and do not change gradients of other rows."""
     gradients = torch.randn(3, 2100, device=place.device)
     clean = orders(gradient_norm_penalty, gradients, backend=place.backend, **form)
     gradients[1, 2050] = bad
@@ -101,28 +149,14 @@ def test_non_finite_values_stay_in_their_row(place, bad, form):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
-def test_norm_that_overflows(place):
-    """An infinite penalty has no finite gradient, so that a loop which looks for infinities sees it in the weights."""
+def test_a_norm_that_overflows_gives_no_finite_gradient(place):
+    """So a training loop that checks for infinities finds them in the weights' gradients."""
     gradients = torch.tensor([[1e20, 1.0], [2.0, 1.0]], device=place.device)
     penalty, norms, first, *_ = orders(gradient_norm_penalty, gradients, backend=place.backend)
     assert penalty.isposinf()
     assert norms[0].isposinf()
     assert first[0].isnan().all()
     assert first[1].isfinite().all()
-
-
-def test_lazily_negated_tensors(place):
-    """Complex critics hand out gradients that torch negates only when it reads them; kernels read memory."""
-    negated = torch.complex(torch.ones(3, 1), torch.randn(3, 1)).to(place.device).conj().imag
-    assert negated.is_neg()
-    zeros = torch.zeros(3, 1, device=place.device)
-    assert interpolate(negated, zeros, 0.0, backend=place.backend).equal(negated.resolve_neg())
-    g = torch.ones(3, 1, device=place.device, requires_grad=True)
-    each = gradient_norm_penalty(g * 2, reduction="none", backend=place.backend)
-    grads = [
-        torch.autograd.grad(each, g, u, retain_graph=True)[0] for u in (negated[:, 0], negated.resolve_neg()[:, 0])
-    ]
-    assert grads[0].equal(grads[1])
 
 
 def test_half_precision_sums_do_not_overflow(place):
@@ -135,58 +169,33 @@ def test_half_precision_sums_do_not_overflow(place):
 
 
 def test_long_rows_keep_their_accuracy():
-    """Plain sums of squares in few lanes lose four digits over ten million elements."""
+    """Plain sums of squares in a few lanes lose four digits over ten million elements."""
     gradients = torch.randn(2, 10_000_019)
     _, norms = gradient_norm_penalty(gradients, return_norms=True)
     assert_near(norms, gradients.double().norm(dim=1), torch.float32, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_alpha_at_its_ends(place, dtype):
-    """Exactly real at 0 and exactly fake at 1."""
-    real, fake = (torch.randn(4, 3, 5, device=place.device).to(dtype) for _ in range(2))
-    alpha = torch.tensor([0.0, 1.0, 0.0, 1.0], device=place.device)
-    x_hat = interpolate(real, fake, alpha, backend=place.backend)
-    ends = torch.stack([real[0], fake[1], real[2], fake[3]])
-    assert x_hat.equal(ends)
-    assert interpolate(real, fake, 0.0, backend=place.backend).equal(real)
-    assert interpolate(real, fake, 1, backend=place.backend).equal(fake)
-
-
-def test_alpha_shapes(place):
-    real, fake = (torch.randn(4, 3, 5, device=place.device) for _ in range(2))
-    alpha = torch.rand(4, device=place.device)
-    wanted = interpolate(real, fake, alpha, backend=place.backend)
-    for same in (alpha.view(4, 1, 1), alpha.double(), torch.stack([alpha, alpha], 1)[:, 0]):
-        torch.testing.assert_close(interpolate(real, fake, same, backend=place.backend), wanted)
-    one = torch.tensor(0.25, device=place.device, requires_grad=True)
-    x_hat = interpolate(real, fake, one, backend=place.backend)
-    torch.testing.assert_close(x_hat, torch.lerp(real, fake, 0.25))
-    (grad,) = torch.autograd.grad(x_hat.sum(), one)
-    torch.testing.assert_close(grad, (fake - real).sum())
-
-
-def test_results_are_detached_norms_and_full_precision(place):
-    for dtype, wanted in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+def test_half_types_give_fp32_results_and_norms_are_detached(place):
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
         g = torch.randn(2, 3, device=place.device).to(dtype).requires_grad_()
         penalty, norms = gradient_norm_penalty(g, backend=place.backend, return_norms=True)
-        assert penalty.dtype == norms.dtype == wanted
+        assert penalty.dtype == norms.dtype == expected
         assert penalty.requires_grad
         assert not norms.requires_grad
 
 
-def test_many_rows(place):
-    """More rows than a tile of them, in number and in partial sums."""
+def test_more_rows_than_fit_one_tile(place):
+    """In number and in partial sums."""
     gradients = torch.randn(4099, 3, device=place.device) * 3
     ours = orders(gradient_norm_penalty, gradients, backend=place.backend)
-    truth = orders(reference.gradient_norm_penalty, gradients.double())
-    assert_near(ours[0], truth[0], torch.float32, 0)
-    assert_near(ours[1], truth[1], torch.float32, 0)
+    expected_results = orders(reference.gradient_norm_penalty, gradients.double())
+    assert_near(ours[0], expected_results[0], torch.float32, 0)
+    assert_near(ours[1], expected_results[1], torch.float32, 0)
 
 
 @pytest.mark.parametrize("shape", [(3, 9001), (37, 17), (1200, 3)], ids=str)
-def test_bitwise_repeatable(place, shape):
-    """Six calls, the same bits: value, norms and both derivatives."""
+def test_repeated_calls_give_the_same_bits(place, shape):
+    """Six calls: value, norms and both derivatives."""
     gradients = torch.randn(shape, device=place.device)
     first = orders(gradient_norm_penalty, gradients, backend=place.backend)
     for _ in range(5):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, r1_penalty
-from tests.support.critics import mlp
+from tests.support.critics import mlp, unused_critic
 from tests.support.messages import exactly
 from tests.support.samples import fp32_vectors
 
@@ -14,10 +14,6 @@ GOOD = torch.randn(4, 3)
 
 def critic(x):
     return x.square().sum(1)
-
-
-def unused_critic(x):
-    raise AssertionError("the critic ran before its arguments were checked")
 
 
 WRONG_SAMPLES = [

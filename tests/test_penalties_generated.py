@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 import fused_gp
 from fused_gp import fused_gradient_penalty, r1_penalty, reference
+from tests.support.critics import unused_critic
 from tests.support.places import to_device
 from tests.support.tolerances import TOLERANCE, assert_near, table_row
 
@@ -174,10 +175,6 @@ def test_generated_calls_of_interpolate(place):
             assert_near(actual, expected, table_row(place, x.dtype), 1)
 
     run_on_generated_calls(place, calls(random_alpha=False, groups=False), check)
-
-
-def unused_critic(x):
-    raise AssertionError("the critic ran before its arguments were checked")
 
 
 def test_generated_calls_of_fused_gradient_penalty(place):

@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from fused_gp import gradient_norm_penalty, interpolate, reference
-from tests.support.orders import assert_interpolation_to_second_order
+from tests.support.orders import SHAPES, assert_interpolation_to_second_order
 from tests.support.tolerances import DTYPES
-
-# One element, odd, prime, several rows in a tile, rows longer than a tile, rows split over programs.
-SHAPES = [(1,), (5,), (1, 1), (3, 1), (4, 7), (37, 17), (2, 3, 5), (2, 3, 4, 5), (2, 2, 3, 2, 3), (3, 2053), (2, 9001)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from fused_gp import gradient_norm_penalty, reference
-from tests.support.orders import assert_same_to_second_order, gradients_like
+from tests.support.orders import SHAPES, assert_same_to_second_order, gradients_like
 from tests.support.places import CPU
 from tests.support.tolerances import DTYPES, assert_near
-
-# One element, odd, prime, several rows in a tile, rows longer than a tile, rows split over programs.
-SHAPES = [(1,), (5,), (1, 1), (3, 1), (4, 7), (37, 17), (2, 3, 5), (2, 3, 4, 5), (2, 2, 3, 2, 3), (3, 2053), (2, 9001)]
 
 FORMS = [
     {},

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # Interpreted kernels are slow, so few examples; the fixture `place` is constant, so it need not be made anew for each.
-generated_inputs = settings(
+few_examples = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
@@ -44,7 +44,7 @@ def penalty_and_gradient(place, gradients, **options):
     return penalty.detach(), grad
 
 
-@generated_inputs
+@few_examples
 @given(gradients=batches(), form=forms, seed=st.integers(0, 99))
 def test_permuting_samples_permutes_results(place, gradients, form, seed):
     """And changes no value: rows do not depend on one another."""
@@ -55,7 +55,7 @@ def test_permuting_samples_permutes_results(place, gradients, form, seed):
     assert grad_permuted.equal(grad[order])
 
 
-@generated_inputs
+@few_examples
 @given(gradients=batches(), form=forms, factor=st.sampled_from([0.125, 0.5, 2.0, 64.0]))
 def test_scaling_gradients_target_and_eps_scales_the_penalty(place, gradients, form, factor):
     """Gradients, target and sqrt(eps) times c give c^2 times the penalty and c times its gradient, exactly for a power
@@ -70,7 +70,7 @@ def test_scaling_gradients_target_and_eps_scales_the_penalty(place, gradients, f
     torch.testing.assert_close(grad_back * factor, grad, rtol=1e-12, atol=1e-300)
 
 
-@generated_inputs
+@few_examples
 @given(gradients=batches(), form=forms, cut=st.integers(0, 6))
 def test_the_sum_over_a_batch_is_the_sum_over_its_parts(place, gradients, form, cut):
     """And the mean is the sum divided by B."""
@@ -84,7 +84,7 @@ def test_the_sum_over_a_batch_is_the_sum_over_its_parts(place, gradients, form, 
     torch.testing.assert_close(mean * len(gradients), whole, rtol=1e-12, atol=1e-300)
 
 
-@generated_inputs
+@few_examples
 @given(gradients=batches(), form=forms, weight=st.sampled_from([0.0, 0.5, 10.0, -2.0]))
 def test_weight_scales_value_and_gradient(place, gradients, form, weight):
     value, grad = penalty_and_gradient(place, gradients, **form)
@@ -93,7 +93,7 @@ def test_weight_scales_value_and_gradient(place, gradients, form, weight):
     torch.testing.assert_close(grad_weighted, grad * weight, rtol=1e-12, atol=1e-300)
 
 
-@generated_inputs
+@few_examples
 @given(real=batches(), seed=st.integers(0, 99))
 def test_interpolation_lies_between_and_is_symmetric(place, real, seed):
     """Every element lies between its ends, and swapping them is 1 - alpha."""

@@ -28,6 +28,10 @@ def nested_batch_norm():
     return nn.Sequential(nn.Linear(4, 3), nn.Sequential(nn.BatchNorm1d(3)), nn.Linear(3, 1))
 
 
+def unused_critic(x):
+    raise AssertionError("the critic ran before its arguments were checked")
+
+
 class ViT(nn.Module):
     """Four patches, one block. Attention is a flash kernel, on CPUs too, where sdpa_kernel does not forbid it."""
 

@@ -5,6 +5,9 @@ import torch
 from fused_gp import gradient_norm_penalty, interpolate, reference
 from tests.support.tolerances import assert_near, table_row
 
+# One element, odd, prime, several rows in a tile, rows longer than a tile, rows split over programs.
+SHAPES = [(1,), (5,), (1, 1), (3, 1), (4, 7), (37, 17), (2, 3, 5), (2, 3, 4, 5), (2, 2, 3, 2, 3), (3, 2053), (2, 9001)]
+
 
 def gradients_like(shape, dtype, device, grad_scale=1.0):
     """Norms between 0.3 and 4: on both sides of the target, and no result is a difference of nearly equal numbers."""

@@ -47,6 +47,11 @@ def assert_same(actual, expected, *, rtol=1e-10, atol=1e-12):
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
 
 
+def assert_same_sums(actual, expected):
+    """Two sequences of fp64 tensors, computed by the same operations and added in another order."""
+    assert_same(actual, expected, rtol=1e-11, atol=1e-13)
+
+
 def assert_near_the_largest(actual, expected, tolerance):
     """Gradients of several weights, with errors of at most a part of the largest element of them all."""
     largest = max(gradient.abs().max().item() for gradient in expected)

@@ -194,7 +194,8 @@ def with_statement(modules, name, statement):
     ],
 )  # fmt: skip
 def test_an_upward_import_is_found(modules, name, statement, imported):
-    assert upward(with_statement(modules, name, statement)) == [f"{name} imports {imported}"]
+    found = set(upward(with_statement(modules, name, statement))) - set(upward(modules))
+    assert found == {f"{name} imports {imported}"}
 
 
 @pytest.mark.parametrize(
@@ -215,9 +216,8 @@ def test_an_upward_import_is_found(modules, name, statement, imported):
     ],
 )  # fmt: skip
 def test_a_forbidden_import_is_found(modules, rule, name, statement):
-    found = breaking(rule, with_statement(modules, name, statement))
-    assert len(found) == 1
-    assert found[0].startswith(f"{name} imports ")
+    (found,) = set(breaking(rule, with_statement(modules, name, statement))) - set(breaking(rule, modules))
+    assert found.startswith(f"{name} imports ")
 
 
 def test_a_cycle_is_found(modules):

@@ -1,15 +1,18 @@
-"""Where the tests run (torch, Triton's interpreter, a real device), and NaN in every tensor nobody has written to."""
+"""Fixtures for all tests; where the kernels run; NaN in all memory that was allocated and not written."""
 
 import os
 import sys
-from typing import NamedTuple
+from functools import partial
 
 import pytest
 import torch
 
+from tests.support.compiling import Graphs
+from tests.support.places import PLACES
+
 
 def pytest_configure(config):
-    # The kernels become interpreted or compiled ones when they are imported. With `-m gpu` they are compiled. Nothing
+    # The kernels become interpreted or compiled ones when they are imported; `-m gpu` runs compiled ones. So nothing
     # may have imported Triton before, as torch._dynamo does.
     assert "triton" not in sys.modules
     if config.option.markexpr != "gpu":
@@ -22,18 +25,6 @@ def pytest_runtest_setup(item):
             pytest.skip("needs a CUDA or ROCm device, and there is none")
         if os.environ.get("TRITON_INTERPRET") == "1":
             pytest.skip("the kernels are interpreted in this run: `make test-gpu` runs them on the device")
-
-
-class Place(NamedTuple):
-    backend: str
-    device: str
-
-
-PLACES = [
-    pytest.param(Place("torch", "cpu"), id="torch"),
-    pytest.param(Place("triton", "cpu"), id="interpreter"),
-    pytest.param(Place("triton", "cuda"), id="device", marks=pytest.mark.gpu),
-]
 
 
 @pytest.fixture(params=PLACES)
@@ -49,7 +40,7 @@ def _seed():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For tiny tensors: threads that wait for one another on busy cores would only make a file slow."""
+    """For tiny tensors, where threads that wait for one another on busy cores take most of the time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +49,7 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(request, monkeypatch):
-    """Memory that was not written to holds NaN, so that reading it cannot go unnoticed."""
+    """New memory holds NaN, so that a read before the first write shows in the result."""
     if request.node.get_closest_marker("compiles"):
         return
 
@@ -74,18 +65,9 @@ def _poisoned_memory(request, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
-# For tests in which torch's compiler runs. The warnings are of its own doing; the first it hides from whoever has not
-# made errors of warnings.
-COMPILES = [
-    pytest.mark.compiles,
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
-]
-
-
 @pytest.fixture(autouse=True)
-def _no_graph_is_known(request):
-    """To the compiler, from another test, or to another from this one."""
+def _fresh_compiler(request):
+    """The compiler has no graphs from other tests, and other tests none from this one."""
     compiles = request.node.get_closest_marker("compiles")
     if compiles:
         torch._dynamo.reset()
@@ -95,21 +77,20 @@ def _no_graph_is_known(request):
         torch._dynamo.reset()
 
 
-class Graphs:
-    """A compiler that compiles nothing, and keeps whether each graph it saw had symbols among its sizes."""
+@pytest.fixture
+def no_graph_breaks(_fresh_compiler):
+    """Whatever the test compiles is compiled as one graph."""
+    yield
+    assert not torch._dynamo.utils.counters["graph_break"]
 
-    def __init__(self):
-        self.symbolic = []
 
-    def __call__(self, graph, inputs, options=None):
-        sizes = [size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape]
-        self.symbolic.append(any(isinstance(size, torch.SymInt) for size in [*inputs, *sizes]))
-        if options is None:
-            return torch._dynamo.backends.registry.lookup_backend("aot_eager")(graph, inputs)
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._dynamo.backends.debugging import boxed_nop
+@pytest.fixture
+def graphs():
+    return Graphs()
 
-        # The same, with a split of forward and backward that is not the usual one.
-        split = options["custom_partitioner_fn"]
-        aot_eager = aot_autograd(fw_compiler=boxed_nop, partition_fn=split, keep_inference_input_mutations=True)
-        return aot_eager(graph, inputs)
+
+@pytest.fixture
+def compiled_graphs(monkeypatch, graphs):
+    """The graphs of all calls of torch.compile that name no backend, as method="compiled" makes them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    return graphs

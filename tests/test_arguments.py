@@ -1,16 +1,13 @@
-"""Bad input: a ValueError or TypeError that names the argument, what came and what was wanted; the critic unrun."""
-
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
+"""Wrong arguments: before the critic runs, an error names the argument, its value and what is allowed."""
 
 import numpy as np
 import pytest
 import torch
 
-from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate
-from fused_gp.ops import backends, torch_ops
+from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, r1_penalty
+from tests.support.critics import mlp, unused_critic
+from tests.support.messages import exactly
+from tests.support.samples import fp32_vectors
 
 GOOD = torch.randn(4, 3)
 
@@ -19,11 +16,7 @@ def critic(x):
     return x.square().sum(1)
 
 
-def never(x):
-    raise AssertionError("the critic ran before its arguments were checked")
-
-
-SAMPLES = [
+WRONG_SAMPLES = [
     ([1.0, 2.0], TypeError, r"{}\[0\] must be a torch.Tensor, got float"),
     ({"image": GOOD, "mask": None}, TypeError, r"{}\['mask'\] must be a torch.Tensor, got NoneType"),
     (None, TypeError, "{} must be a torch.Tensor, or a tuple, list or dict of them, got NoneType"),
@@ -45,11 +38,11 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(("value", "error", "message"), SAMPLES)
-def test_samples(value, error, message):
+@pytest.mark.parametrize(("value", "error", "message"), WRONG_SAMPLES)
+def test_wrong_samples(value, error, message):
     for call, name in (
-        (lambda: fused_gradient_penalty(never, value, GOOD), "real"),
-        (lambda: fused_gradient_penalty(never, GOOD, value), "fake"),
+        (lambda: fused_gradient_penalty(unused_critic, value, GOOD), "real"),
+        (lambda: fused_gradient_penalty(unused_critic, GOOD, value), "fake"),
         (lambda: interpolate(value, GOOD, 0.5), "real"),
         (lambda: interpolate(GOOD, value, 0.5), "fake"),
         (lambda: gradient_norm_penalty(value), "gradients"),
@@ -68,8 +61,8 @@ def test_samples(value, error, message):
         (torch.randn(4, 3, device="meta"), ValueError, "one device, got cpu and meta"),
     ],
 )
-def test_real_and_fake_are_alike(fake, error, message):
-    for call in (lambda: fused_gradient_penalty(never, GOOD, fake), lambda: interpolate(GOOD, fake, 0.5)):
+def test_real_and_fake_must_be_alike(fake, error, message):
+    for call in (lambda: fused_gradient_penalty(unused_critic, GOOD, fake), lambda: interpolate(GOOD, fake, 0.5)):
         with pytest.raises(error, match="real and fake must .*" + message):
             call()
 
@@ -91,9 +84,9 @@ def test_real_and_fake_are_alike(fake, error, message):
         (torch.rand(4, device="meta"), ValueError, "alpha must be on the device of real, cpu, got meta"),
     ],
 )
-def test_alpha(alpha, error, message):
+def test_wrong_alpha(alpha, error, message):
     for call in (
-        lambda: fused_gradient_penalty(never, GOOD, GOOD, alpha=alpha),
+        lambda: fused_gradient_penalty(unused_critic, GOOD, GOOD, alpha=alpha),
         lambda: interpolate(GOOD, GOOD, alpha),
     ):
         with pytest.raises(error, match=message):
@@ -120,9 +113,9 @@ def test_alpha(alpha, error, message):
         ({"backend": "cuda"}, ValueError, "backend must be 'auto', 'triton' or 'torch', got 'cuda'"),
     ],
 )
-def test_options(options, error, message):
+def test_wrong_options(options, error, message):
     for call in (
-        lambda: fused_gradient_penalty(never, GOOD, GOOD, **options),
+        lambda: fused_gradient_penalty(unused_critic, GOOD, GOOD, **options),
         lambda: gradient_norm_penalty(GOOD, **options),
     ):
         with pytest.raises(error, match=message):
@@ -137,7 +130,7 @@ def test_options(options, error, message):
         ({"squared": 1}, TypeError, "squared must be True or False, got 1"),
     ],
 )
-def test_options_of_the_op_alone(options, error, message):
+def test_wrong_options_of_the_op(options, error, message):
     with pytest.raises(error, match=message):
         gradient_norm_penalty(GOOD, **options)
 
@@ -152,15 +145,15 @@ def test_options_of_the_op_alone(options, error, message):
         ({"generator": torch.Generator(), "alpha": 0.5}, ValueError, "got both alpha and generator"),
     ],
 )
-def test_options_of_the_call_alone(options, error, message):
+def test_wrong_options_of_the_penalty(options, error, message):
     with pytest.raises(error, match=message):
-        fused_gradient_penalty(never, GOOD, GOOD, **options)
+        fused_gradient_penalty(unused_critic, GOOD, GOOD, **options)
 
 
-def test_generator_of_another_device():
+def test_a_generator_of_another_device_is_refused():
     real = torch.randn(4, 3, device="meta")
     with pytest.raises(ValueError, match="generator must be on the device of real, meta, got cpu"):
-        fused_gradient_penalty(never, real, real, generator=torch.Generator())
+        fused_gradient_penalty(unused_critic, real, real, generator=torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -186,12 +179,12 @@ def test_generator_of_another_device():
         ),
     ],
 )
-def test_critic(critic, error, message):
+def test_wrong_critics(critic, error, message):
     with pytest.raises(error, match=message):
         fused_gradient_penalty(critic, GOOD, GOOD + 1)
 
 
-def test_nested_tensor():
+def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.randn(2), torch.randn(3)], layout=torch.jagged)
     with pytest.raises(TypeError, match="gradients must be a dense tensor, got"):
         gradient_norm_penalty(nested)
@@ -212,36 +205,24 @@ def test_one_sample_may_have_one_scalar_score():
     assert penalty.isfinite()
 
 
-def test_triton_on_cpu_without_the_interpreter_says_what_to_do():
-    """In a process of its own: here the kernels are interpreted."""
-    code = (
-        "import torch, fused_gp\n"
-        "try: fused_gp.gradient_norm_penalty(torch.ones(2, 2), backend='triton')\n"
-        "except ValueError as error: print(error)"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert "backend='triton' cannot run on cpu tensors: use backend='auto' or 'torch'" in printed.stdout
-    assert "TRITON_INTERPRET=1" in printed.stdout
+WRONG_OPTIONS_OF_METHODS = {
+    "method": ({"method": "exact"}, ValueError,
+               "method must be one of 'double_backward', 'compiled', 'directional', 'auto', got 'exact'"),
+    "step of another": ({"step": 0.1}, ValueError,
+                        "step is of method='directional', got it with method='double_backward'"),
+    "step": ({"method": "directional", "step": 0.0}, ValueError, "step must be a finite number > 0, got 0.0"),
+    "step's type": ({"method": "directional", "step": "1"}, TypeError, "step must be a number, got str"),
+    "chunk_size": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+    "chunk_size's type": ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int, got float"),
+    "allow_kinks": ({"allow_kinks": 1}, TypeError, "allow_kinks must be True or False, got 1"),
+    "return_error": ({"return_error": None}, TypeError, "return_error must be True or False, got None"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["cpu", "mps", "meta", "hpu", "mtia", "privateuseone"])
-def test_other_devices_take_plain_torch(kind):
-    """Triton has nothing for them; asking for it by name says so."""
-    tensor = SimpleNamespace(device=torch.device(kind), is_cpu=kind == "cpu")
-    assert backends.backend_for("auto", tensor) is torch_ops
-    if kind != "cpu":
-        with pytest.raises(ValueError, match=f"backend='triton' cannot run on {kind} tensors"):
-            backends.backend_for("triton", tensor)
-
-
-@pytest.mark.parametrize("kind", ["cuda", "xpu"])  # ROCm's tensors are of type "cuda"
-def test_triton_devices_take_the_kernels(monkeypatch, kind):
-    """Where Triton is installed; elsewhere plain torch."""
-    kernels = pytest.importorskip("fused_gp.kernels", reason="Triton is not installed")
-    tensor = SimpleNamespace(device=torch.device(kind), is_cpu=False)
-    assert backends.backend_for("auto", tensor) is kernels
-    assert backends.backend_for("triton", tensor) is kernels
-    assert backends.backend_for("torch", tensor) is torch_ops
-    monkeypatch.setattr(backends, "triton_installed", lambda: False)
-    assert backends.backend_for("auto", tensor) is torch_ops
+@pytest.mark.parametrize("name", WRONG_OPTIONS_OF_METHODS)
+def test_wrong_options_of_methods(name):
+    options, error, message = WRONG_OPTIONS_OF_METHODS[name]
+    with pytest.raises(error, match=exactly(message)):
+        fused_gradient_penalty(mlp(), *fp32_vectors(), **options)
+    with pytest.raises(error, match=exactly(message)):
+        r1_penalty(mlp(), fp32_vectors()[0], **options)

@@ -1,4 +1,4 @@
-"""GradientPenalty: the options of a penalty held by a module, and the lazy one of every k-th call."""
+"""GradientPenalty: a penalty function with its options as a module, computed at every k-th call."""
 
 import copy
 import pickle
@@ -27,8 +27,8 @@ def batch():
     return torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
 
 
-def test_is_the_call_with_its_options(place, critic, batch):
-    """Options given to the module and to one call of it, the later ones winning."""
+def test_it_is_the_function_with_its_options(place, critic, batch):
+    """Options of a call replace those of the module."""
     critic = critic.to(place.device)
     real, fake = (t.to(place.device) for t in batch)
     module = GradientPenalty(weight=10.0, one_sided=True, backend=place.backend)
@@ -36,16 +36,16 @@ def test_is_the_call_with_its_options(place, critic, batch):
         fused_gradient_penalty(critic, real, fake, alpha=0.3, weight=10.0, one_sided=True, backend=place.backend)
     )
     penalty, norms = module(critic, real, fake, alpha=0.3, weight=2.0, return_norms=True)
-    wanted = fused_gradient_penalty(
+    expected = fused_gradient_penalty(
         critic, real, fake, alpha=0.3, weight=2.0, one_sided=True, return_norms=True, backend=place.backend
     )
-    assert penalty.equal(wanted[0])
-    assert norms.equal(wanted[1])
+    assert penalty.equal(expected[0])
+    assert norms.equal(expected[1])
 
 
 @pytest.mark.parametrize("compensate", [True, False])
-def test_lazy(place, critic, batch, compensate):
-    """Every third call computes, times three where compensated; the sum over a period is then that of every step."""
+def test_every_third_call_computes(place, critic, batch, compensate):
+    """Times three where compensated, so that the sum over three calls is that of computing each."""
     critic = critic.to(place.device)
     real = batch[0].to(place.device)
     module = GradientPenalty(r1_penalty, every=3, compensate=compensate, weight=5.0, backend=place.backend)
@@ -60,8 +60,8 @@ def test_lazy(place, critic, batch, compensate):
         torch.testing.assert_close(value.double(), expected)
 
 
-def test_a_skipped_penalty_can_be_a_loss_or_a_part_of_one(critic, batch):
-    """Its backward reaches nothing and fails nowhere."""
+def test_a_skipped_penalty_has_a_backward_that_reaches_nothing(critic, batch):
+    """As a loss, or as a part of one."""
     module = GradientPenalty(every=2, weight=10.0)
     module(critic, *batch)
     skipped = module(critic, *batch)
@@ -94,29 +94,29 @@ def test_a_skipped_call_draws_no_random_numbers(critic, batch):
     assert torch.get_rng_state().equal(before)
 
 
-def test_compensation_leaves_the_norms_alone(critic, batch):
+def test_compensation_changes_no_norms(critic, batch):
     module = GradientPenalty(every=4, return_norms=True)
     penalty, norms = module(critic, *batch, alpha=0.5)
-    wanted, wanted_norms = fused_gradient_penalty(critic, *batch, alpha=0.5, return_norms=True)
-    torch.testing.assert_close(penalty, 4 * wanted)
-    assert norms.equal(wanted_norms)
+    expected, expected_norms = fused_gradient_penalty(critic, *batch, alpha=0.5, return_norms=True)
+    torch.testing.assert_close(penalty, 4 * expected)
+    assert norms.equal(expected_norms)
 
 
 def test_evaluation_mode_computes_and_does_not_count(critic, batch):
-    """A validation penalty is comparable from step to step, and does not shift the training ones."""
+    """So a validation penalty is comparable from step to step, and does not change which training steps are skipped."""
     module = GradientPenalty(every=2)
     module(critic, *batch)
     module.eval()
-    wanted = fused_gradient_penalty(critic, *batch, alpha=0.5)
+    expected = fused_gradient_penalty(critic, *batch, alpha=0.5)
     for _ in range(3):
-        assert module(critic, *batch, alpha=0.5).equal(wanted)
+        assert module(critic, *batch, alpha=0.5).equal(expected)
     module.train()
     assert module(critic, *batch).item() == 0
     assert module(critic, *batch).item() != 0
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 4])
-def test_the_count_survives_in_the_state_dict(critic, batch, steps):
+def test_the_state_dict_has_the_count(critic, batch, steps):
     """Training that was stopped and resumed skips the same steps as training that was not."""
     straight, stopped = GradientPenalty(every=4), GradientPenalty(every=4)
     values = [straight(critic, *batch, alpha=0.5).item() for _ in range(9)]
@@ -158,7 +158,7 @@ def test_every_function_of_the_family(critic, batch):
     assert GradientPenalty(input_gradient_penalty)(scores, real).equal(input_gradient_penalty(scores, real))
 
 
-def test_is_a_module(critic, batch):
+def test_it_is_a_module(critic, batch):
     module = GradientPenalty(r1_penalty, every=16, weight=10.0)
     assert repr(module) == "GradientPenalty(r1_penalty, every=16, compensate=True, weight=10.0)"
     assert not list(module.parameters())
@@ -180,6 +180,6 @@ def test_is_a_module(critic, batch):
         ({"penalty": r1_penalty, "target": 1.0}, TypeError, "options must be of r1_penalty: weight, .*; got target"),
     ],
 )
-def test_bad_options(options, error, message):
+def test_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
         GradientPenalty(**options)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import small_run
 from torch import nn
 
 from benchmarks import __main__, results
@@ -18,6 +17,7 @@ from benchmarks.cases import SUITES, methods
 from benchmarks.names import SNIPPET
 from benchmarks.report import page
 from benchmarks.report.case_rows import interval
+from tests.support.small_run import small_run
 
 ROOT = Path(__file__).parents[2]
 ABOUT = {"device", "machine", "versions", "commit", "date", "load"}
@@ -269,7 +269,7 @@ def test_make_says_what_a_gpus_targets_need(target):
 def test_the_documented_command_of_regressions_runs():
     """Of one case: `case` must be among the parameters that pytest-benchmark can group by."""
     pytest.importorskip("pytest_benchmark")
-    import test_speed
+    from tests.benchmarks import test_speed
 
     command = next(line for line in test_speed.__doc__.splitlines() if "--benchmark-autosave" in line)
     words = [word for word in command.split("-m ")[1].split() if word != "--benchmark-autosave"]

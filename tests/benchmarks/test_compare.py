@@ -1,7 +1,6 @@
 """`python -m benchmarks compare`: what changed between two runs."""
 
 import pytest
-from small_run import SMALL, small_run
 
 from benchmarks import results
 from benchmarks.__main__ import main
@@ -19,6 +18,7 @@ from benchmarks.names import (
 )
 from benchmarks.peers import PEERS
 from benchmarks.report import compare
+from tests.support.small_run import SMALL, small_run
 
 
 @pytest.fixture(scope="module")

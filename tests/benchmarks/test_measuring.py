@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small_run import SMALL, small_run
 
 from benchmarks import intervals, memory, results, runner, timing
 from benchmarks.cases import SUITES, bytes_moved
@@ -21,6 +20,7 @@ from benchmarks.cases.systems import SYSTEMS, TINY, SystemCase
 from benchmarks.correctness import CorrectnessCheck, Wrong
 from benchmarks.names import BOTH, COPIES, OURS, TIDY, USUAL
 from benchmarks.peers import Absent, ctgan, snippet
+from tests.support.small_run import SMALL, small_run
 
 
 @pytest.mark.parametrize("count", [6, 7, 9, 24, 101])

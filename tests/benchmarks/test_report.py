@@ -4,7 +4,6 @@ import json
 from importlib.util import find_spec
 
 import pytest
-from small_run import small_run
 
 from benchmarks import results
 from benchmarks.names import (
@@ -23,6 +22,7 @@ from benchmarks.names import (
 from benchmarks.peers import PEERS
 from benchmarks.report import case_rows, losses, page, readme, tables
 from benchmarks.report.case_rows import by_case
+from tests.support.small_run import small_run
 
 NOTHING = {name: [] for name in results.committed()}
 

@@ -24,13 +24,9 @@ from benchmarks.cases.case import CallCase
 from benchmarks.cases.systems import TINY
 from benchmarks.correctness import CorrectnessCheck
 from benchmarks.names import BOTH
+from tests.support.compiling import COMPILES
 
-# The warnings are of the compiler's own doing.
-pytestmark = [
-    pytest.mark.compiles,
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
-]
+pytestmark = COMPILES
 
 
 def smallest():

@@ -272,6 +272,22 @@ def _():
     return training(not_smooth, ddp(), call=in_a_dict)
 
 
+@case("ddp, chosen by a number")
+def _():
+    """The same callable has called a module without DDP before."""
+    net, alone, number = smooth(), smooth(), 0
+    critics = [smooth(), DistributedDataParallel(net)]
+
+    def critic(x):
+        return critics[number](x)
+
+    penalty(critic, rank_rows()).backward()
+    number = 1
+    penalty(critic, rank_rows()).backward()
+    penalty(alone, ALL_ROWS).backward()
+    return gradients(net), gradients(alone)
+
+
 @case("ddp, a backward each")
 def _():
     """Each after its own forward."""

@@ -75,7 +75,7 @@ def fused_gradient_penalty(
         eps: added inside the root, >= 0; with 0 a zero gradient has derivative zero, not NaN.
         weight: the coefficient of the penalty, often called lambda.
         reduction: "mean", "sum" or "none" over the samples.
-        group_size: p consecutive samples, which the critic judges as one, have one alpha and one norm (PacGAN). B must
+        group_size: p consecutive samples, which the critic scores as one, have one alpha and one norm (PacGAN). B must
             be a multiple of p; alpha, norms and scores then have B / p rows.
         grad_scale: multiply the scores by this before the input gradient, against underflow in fp16, and divide
             again inside the norm. A number > 0, a floating tensor of one element, or the GradScaler itself, without a
@@ -122,7 +122,7 @@ def fused_gradient_penalty(
             not work for this critic: the first call raises it, and names the cause.
 
     Warns, once per critic, when a module has batch normalisation in training mode: the gradient of a summed score is
-    the gradient of each sample's score only where samples do not see one another.
+    the gradient of each sample's score only where a score does not depend on other samples.
 
     From Gulrajani et al., "Improved Training of Wasserstein GANs", 2017; one-sided: Petzka et al., "On the
     regularization of Wasserstein GANs", 2018; zero-centred: Thanh-Tung et al., "Improving Generalization and Stability
@@ -319,7 +319,7 @@ def _new_tensors(batch: Sequence[Tensor], ops: Any) -> list[Tensor]:
 
 
 _GIVE_THE_CRITIC = (
-    "hand the critic itself to fused_gradient_penalty, r1_penalty or r2_penalty, which can be compiled, and have other "
+    "pass the critic itself to fused_gradient_penalty, r1_penalty or r2_penalty, which can be compiled, and have other "
     "methods"
 )
 

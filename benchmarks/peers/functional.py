@@ -1,6 +1,6 @@
 """The input gradient by `torch.func.grad`, of the summed scores: one pass for the batch.
 
-`vmap(grad)`, sample by sample, is the same for critics that judge each sample by itself, and cannot do the others.
+`vmap(grad)`, sample by sample, is the same for critics that score each sample by itself, and cannot do the others.
 """
 
 from collections.abc import Callable

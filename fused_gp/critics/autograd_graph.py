@@ -128,7 +128,7 @@ def missing_derivative(gradients: Sequence[Tensor | None], points: Sequence[Tens
         if "cudnn_rnn" in words:
             remedy += ", or torch.backends.cudnn.flags(enabled=False)"
         if "attention" in words:
-            remedy += ", or attention that autograd sees: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            remedy += ", or math attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         return f'an operation of which autograd says "{words}"', remedy
     return None  # no gradient passes through it
 

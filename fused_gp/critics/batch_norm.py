@@ -17,7 +17,7 @@ def warn_of_batch_norm(profile: CriticProfile) -> None:
     names = [name or type(layer).__name__ for name, layer in used]
     profile.batch_norms.clear()
     warnings.warn(
-        f"critic has batch normalisation in training mode ({', '.join(names)}): its samples see one another, so their "
+        f"critic has batch normalisation in training mode ({', '.join(names)}): a score depends on the whole batch, so "
         "gradient norms are not those of single samples. Use LayerNorm, GroupNorm or none, as the WGAN-GP paper does.",
         stacklevel=_frames_to_the_caller(),
     )

@@ -184,7 +184,7 @@ def _module_of(critic: Critic) -> Module:
     if not isinstance(critic.function, Module):
         raise ValueError(
             "critic must be an nn.Module with chunk_size, whose parameters are to be known, got "
-            f"{type(critic.function).__name__}: hand the module itself, and labels and the like in critic_args"
+            f"{type(critic.function).__name__}: pass the module itself, with labels and other arguments in critic_args"
         )
     if critic.profile.sharded:
         raise ValueError(
@@ -209,7 +209,7 @@ def _check_independent(batch: Batch, rows: int, whole: Sequence[Tensor], critic:
         if id(leaf) not in known:
             raise ValueError(
                 f"critic must reach no parameters but its own with chunk_size, got one that reaches another, of shape "
-                f"{tuple(leaf.shape)}: make it a part of the critic, or hand it in critic_args"
+                f"{tuple(leaf.shape)}: make it a part of the critic, or pass it in critic_args"
             )
     if scores.numel() % rows:
         raise ValueError(
@@ -219,7 +219,7 @@ def _check_independent(batch: Batch, rows: int, whole: Sequence[Tensor], critic:
         own, others = first_row_dependence(scores, leaves, rows, False)
     if others:
         raise ValueError(
-            "critic must judge each sample by itself with chunk_size, got one whose first score depends on the "
-            "second sample (batch normalisation, minibatch statistics, or scores that do not lie sample by sample)"
+            "critic must score each sample by itself with chunk_size, got one whose first score depends on the "
+            "second sample (batch normalisation, minibatch statistics, or scores in another order)"
         )
     return own

@@ -89,7 +89,7 @@ def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic) 
         ) from error
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise ValueError(
-            f"method='compiled' needs a critic that stays as it is, got one that was compiled "
+            f"method='compiled' needs a critic that does not change, got one that was compiled "
             f"{torch._dynamo.config.recompile_limit} times and has changed again: numbers that change from call to "
             "call belong in tensors, such as buffers"
         ) from error
@@ -187,7 +187,7 @@ def _hooks_refused() -> Iterator[None]:
 
 def _hooked() -> ValueError:
     return ValueError(
-        "method='compiled' cannot see through activation checkpointing, save_on_cpu and other hooks on saved tensors: "
+        "method='compiled' cannot trace activation checkpointing, save_on_cpu and other hooks on saved tensors: "
         "leave them out, since the compiler itself decides what to keep, or use method='double_backward', or, where "
         "the critic is smooth, method='directional'"
     )

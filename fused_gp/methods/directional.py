@@ -5,7 +5,7 @@ With V_i = a_i kappa^2 w(n_i) g_i, the gradient of the penalty P with respect to
     dP/dtheta = d/dtheta d/dtau S(tau V) at tau = 0,        S(tau V) = sum D(x_hat + tau V)
               ~ d/dtheta m [S(h U) - S(-h U)] / (2h),       m = max_i |V_i|,  U = V / m,
 
-up to O(h^2). The direction is one for all samples, so this is right for critics whose samples see one another. The
+up to O(h^2). The direction is one for all samples, so this is right where a score depends on several samples. The
 value of the penalty is exact; only its gradient is that of the difference.
 """
 
@@ -130,8 +130,8 @@ def _central_difference(
     if smoothness.kink and not method.allow_kinks:
         raise NotSmooth(
             f"method='directional' needs a smooth critic, and found {smoothness.kink}: a difference across its kink is "
-            "off by half at any step. Use method='double_backward', or a smooth activation such as SiLU; "
-            "allow_kinks=True insists."
+            "off by as much as a half at any step. Use method='double_backward', or a smooth activation such as SiLU; "
+            "allow_kinks=True runs it nevertheless."
         )
     if not form.reduce and not smoothness.independent:
         smoothness.independent = _check_independent(scores, leaves, form.rows)
@@ -260,7 +260,7 @@ def _check_independent(scores: Tensor, leaves: Sequence[Tensor], rows: int) -> b
         own, others = first_row_dependence(scores, leaves, rows, True)
     if others:
         raise ValueError(
-            "critic must judge each sample by itself, with the samples in front, for reduction='none' with "
+            "critic must score each sample by itself, with the samples in front, for reduction='none' with "
             f"method='directional', got scores of shape {tuple(scores.shape)} for {rows} of them that do not"
         )
     return own

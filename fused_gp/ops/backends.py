@@ -27,7 +27,7 @@ def backend_for(backend: str, tensor: torch.Tensor) -> Any:
         if backend not in ("auto", "torch"):
             raise ValueError(
                 "backend must be 'auto' or 'torch' under torch.compile, torch.func and forward-mode autograd, which "
-                f"see through no kernel, got {backend!r}"
+                f"cannot trace a kernel, got {backend!r}"
             )
         return reference
     if backend == "torch" or (backend == "auto" and tensor.is_cpu):

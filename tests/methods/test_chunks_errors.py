@@ -56,7 +56,7 @@ ERRORS = {
     "a hidden parameter": (
         WithHiddenParameter, {},
         "critic must reach no parameters but its own with chunk_size, got one that reaches another, of shape (5, 1): "
-        "make it a part of the critic, or hand it in critic_args",
+        "make it a part of the critic, or pass it in critic_args",
     ),
     "a function": (lambda: mean, {}, NOT_A_MODULE),
     "each sample's own": (

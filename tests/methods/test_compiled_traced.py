@@ -143,8 +143,8 @@ def test_penalty_compiled_by_inductor():
 NOT_TRACEABLE = {
     "triton": (
         {"backend": "triton"},
-        "backend must be 'auto' or 'torch' under torch.compile, torch.func and forward-mode autograd, which see "
-        "through no kernel, got 'triton'",
+        "backend must be 'auto' or 'torch' under torch.compile, torch.func and forward-mode autograd, which cannot "
+        "trace a kernel, got 'triton'",
     ),
     "directional": (
         {"method": "directional"},
@@ -202,7 +202,7 @@ def test_flash_attention_is_named_by_the_compiler(graphs):
 
 
 GIVE_THE_CRITIC = (
-    "hand the critic itself to fused_gradient_penalty, r1_penalty or r2_penalty, which can be compiled, and have other "
+    "pass the critic itself to fused_gradient_penalty, r1_penalty or r2_penalty, which can be compiled, and have other "
     "methods"
 )
 
@@ -353,7 +353,7 @@ def test_forward_mode_gives_the_directional_derivative():
             with dual_level():
                 tangents = unpack_dual(function(make_dual(x, tangent))).tangent
                 assert_same([tangents.detach()], [(expected_gradients * tangent).sum()])
-                with pytest.raises(ValueError, match="forward-mode autograd, which see through no kernel"):
+                with pytest.raises(ValueError, match="forward-mode autograd, which cannot trace a kernel"):
                     function(make_dual(x, tangent), backend="triton")
     with dual_level(), pytest.raises(ValueError, match=r"torch.func or forward-mode autograd: leave it out"):
         functions["fused_gradient_penalty"](make_dual(real, tangent), method="directional")

@@ -274,7 +274,7 @@ def test_reduction_none_needs_scores_per_sample():
     real, fake = fp32_vectors(4)
     critic = OneScoreTooMany(nn.Sequential(mlp(), nn.Flatten(0), nn.Unflatten(0, (1, 4))))
     message = (
-        "critic must judge each sample by itself, with the samples in front, for reduction='none' with "
+        "critic must score each sample by itself, with the samples in front, for reduction='none' with "
         "method='directional', got scores of shape (5,) for 4 of them that do not"
     )
     with pytest.raises(ValueError, match=exactly(message)):
@@ -289,7 +289,7 @@ def test_reduction_none_is_refused_for_coupled_samples(layer):
     expected = gradient(reference.fused_gradient_penalty(critic, *batch, alpha=0.5), critic)
     ours = gradient(fused_gradient_penalty(critic, *batch, alpha=0.5, method="directional"), critic)
     assert relative_error(ours, expected) <= 1e-8
-    with pytest.raises(ValueError, match="must judge each sample by itself, with the samples in front"):
+    with pytest.raises(ValueError, match="must score each sample by itself, with the samples in front"):
         fused_gradient_penalty(critic, *batch, method="directional", reduction="none")
 
 

@@ -16,7 +16,7 @@ IF_SMOOTH = "method='directional' where the critic is smooth"
 FLASH = (
     'an operation of which autograd says "derivative for aten::_scaled_dot_product_flash_attention_for_cpu_backward is '
     'not implemented"',
-    f"{IF_SMOOTH}, or attention that autograd sees: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    f"{IF_SMOOTH}, or math attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
 )
 FUSED = "the autograd Function FusedTanh, whose backward is once_differentiable", IF_SMOOTH
 COMPILED = (
@@ -25,8 +25,9 @@ COMPILED = (
 )
 
 NOT_SMOOTH = (
-    "method='directional' needs a smooth critic, and found {}: a difference across its kink is off by half at any "
-    "step. Use method='double_backward', or a smooth activation such as SiLU; allow_kinks=True insists."
+    "method='directional' needs a smooth critic, and found {}: a difference across its kink is off by as much as a "
+    "half at any step. Use method='double_backward', or a smooth activation such as SiLU; allow_kinks=True runs it "
+    "nevertheless."
 )
 REENTRANT = (
     "critic must let its input gradient be taken, and has reentrant checkpointing. Use "
@@ -38,12 +39,12 @@ NO_PART_IN_THE_SCORES = (
 )
 
 COUPLED_SAMPLES = (
-    "critic must judge each sample by itself with chunk_size, got one whose first score depends on the second sample "
-    "(batch normalisation, minibatch statistics, or scores that do not lie sample by sample)"
+    "critic must score each sample by itself with chunk_size, got one whose first score depends on the second sample "
+    "(batch normalisation, minibatch statistics, or scores in another order)"
 )
 NOT_A_MODULE = (
-    "critic must be an nn.Module with chunk_size, whose parameters are to be known, got function: hand the module "
-    "itself, and labels and the like in critic_args"
+    "critic must be an nn.Module with chunk_size, whose parameters are to be known, got function: pass the module "
+    "itself, with labels and other arguments in critic_args"
 )
 
 # Of method='compiled'.
@@ -56,7 +57,7 @@ BUFFER_CHANGED = (
     f"does in training mode, got one that does. {ANOTHER_METHOD}"
 )
 SAVED_TENSOR_HOOKS = (
-    "method='compiled' cannot see through activation checkpointing, save_on_cpu and other hooks on saved tensors: "
+    "method='compiled' cannot trace activation checkpointing, save_on_cpu and other hooks on saved tensors: "
     "leave them out, since the compiler itself decides what to keep, or use method='double_backward', or, where the "
     "critic is smooth, method='directional'"
 )

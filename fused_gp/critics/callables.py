@@ -20,6 +20,7 @@ class Contents:
         self.held: list[Any] = []  # weak references to modules, and to objects that may hold others
         self.modules: list[tuple[str, Module]] = []  # each with its path in what the callable holds
         self.compiled = False  # whether torch.compile made one of the functions
+        self.exact = True  # whether the key says which modules run: nothing that is not in it may choose among them
         self._seen: set[int] = set()
         self._add(critic)
         # What the callable is recognised by. It keeps nothing alive but code, types and words.
@@ -31,6 +32,7 @@ class Contents:
             self.signature.append(thing)
         elif kind in (int, float, ModuleType):
             self.signature.append(kind)  # numbers may be others at every step
+            self.exact &= kind is ModuleType and thing.__name__.partition(".")[0] == "torch"
         elif id(thing) not in self._seen:
             self._seen.add(id(thing))
             if isinstance(thing, Module):
@@ -47,34 +49,38 @@ class Contents:
                     self._add(part)
             elif kind in (list, tuple, dict):
                 self.signature.append(kind)
+                self.exact &= len(thing) <= MAX_ELEMENTS
                 if len(thing) <= MAX_ELEMENTS:
                     for name, part in thing.items() if kind is dict else enumerate(thing):
                         self._add(part, str(name))
             elif isinstance(thing, Tensor):
                 self.signature.append(thing.dtype)
+                self.exact = False
             else:
                 self._add_object(thing)
 
     def _add_function(self, function: FunctionType) -> None:
         self.signature.append(function.__code__)
         self.compiled |= hasattr(function, "_torchdynamo_orig_callable")
-        if (function.__module__ or "").partition(".")[0] == "torch":
-            return
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # a name without a value yet
                 self._add(cell.cell_contents)
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._add(default)
         known = function.__globals__
+        if str(known.get("__name__")).partition(".")[0] == "torch":
+            return
         for name in _global_names(function.__code__):
             thing = known.get(name)
             if type(thing) is FunctionType and thing.__globals__ is not known:
                 self.signature.append(thing.__code__)  # of another file, whose own globals are its business
+                self.exact = False
             elif thing is not None:
                 self._add(thing)
 
     def _add_object(self, thing: Any) -> None:
         """With the modules among its attributes: a trainer's critic may be exchanged for another."""
+        self.exact = False
         self.signature.append(type(thing))
         (self.signature if callable(thing) else self.held).append(_reference(thing))
         for name, part in () if isinstance(thing, type) else _attributes(thing):

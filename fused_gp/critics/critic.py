@@ -28,29 +28,29 @@ class Critic:
     """A critic in one call of the package, and what is known of it."""
 
     profile: CriticProfile
-    known: (
-        bool  # whether there is a profile; of a callable that is seen for the first time there is one once it has run
-    )
-    trusted: bool  # whether a run need not be watched to see that the profile is still right
+    known = True  # whether there is a profile; of a callable that is new there is one once it has run
+    exact = True  # whether it is the critic of the profile for sure: nothing that was not compared may choose another
+    trusted: bool  # whether a run need not be watched where the critic of the profile is all that the method needs
+    _contents: Contents | None = None
+    _buffers: Buffers | None = None  # in which a watched run keeps the buffers, as they were before it
+    _was_watched = False
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self._buffers: Buffers | None = None  # in which a watched run keeps the buffers, as they were before it
-        self._was_watched = False
         if isinstance(function, Module):
-            self._contents = None
             self.profile = _profile_of_module(function)
-            self.known, self.trusted = True, self.profile.watched
+            self.trusted = self.profile.watched
         else:
             self._contents = Contents(function)
+            self.exact = self._contents.exact
             reference = _recognised.get(self._contents.key)
             profile = None if reference is None else reference()
             self.known = profile is not None
             if profile is not None:
                 self.profile = profile
-            # A number, or an object deeper down, may have chosen another critic. Among several processes its gradients
-            # might then not be reduced.
-            self.trusted = self.known and not (distributed.is_available() and distributed.is_initialized())
+            # Among several processes the gradients of another critic might not be reduced.
+            alone = not (distributed.is_available() and distributed.is_initialized())
+            self.trusted = self.known and (self.exact or alone)
 
     def modules(self) -> Iterator[Module]:
         """Those that run in it, as far as known, and those that a callable holds, whose own buffers it may write."""

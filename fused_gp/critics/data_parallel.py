@@ -13,7 +13,7 @@ from .profile import CriticProfile
 def refuse_static_graph(profile: CriticProfile) -> None:
     """With it, gradients would silently not be reduced. (So they are where a DDP's module is passed, not the DDP, and
     the penalty is alone in a backward; but nothing in the module shows that there is a DDP.)"""
-    if any(ddp.static_graph for ddp in profile.replicas()):
+    if any([ddp.static_graph for ddp in profile.replicas()]):
         raise ValueError(
             "critic must be a DistributedDataParallel without static_graph=True, got one with it: it takes the input "
             "gradient for the whole of the first backward, and would never reduce the weights' gradients"

@@ -67,14 +67,14 @@ class CriticProfile:
         return (part for root in self.roots() for part in root.modules())
 
     def replicas(self) -> list[DistributedDataParallel]:
-        return _alive(self._replicas)
+        return _alive(self._replicas) if self._replicas else []
 
     def mode(self, device: torch.device) -> Hashable:
         """Training or evaluation, autocast, attention: in another mode the critic may run other operations."""
         cuda = torch.backends.cuda  # the flags are those of CPUs too
         attention = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled()
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return autocast, attention, *[root.training for root in self.roots()]
+        return autocast, attention, *[root.training for root in _alive(self._roots)]
 
     def composition(self, arguments: Any) -> Hashable:
         """The modules' types and modes, the parameters' types, the words and flags among the arguments: all that may
@@ -102,7 +102,7 @@ def is_compiled(module: Module) -> bool:
 
 
 def _alive(references: Iterable[ref[Any]]) -> list[Any]:
-    return [thing for thing in (reference() for reference in references) if thing is not None]
+    return [thing for reference in references if (thing := reference()) is not None]
 
 
 def _joined(*names: str) -> str:

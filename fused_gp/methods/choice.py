@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from torch.utils._pytree import tree_map_only
 
 from .. import reference
@@ -42,7 +41,7 @@ def _with_graph(call: CriticCall, points: list[Tensor], critic: Critic, method: 
     """The penalty as a tensor with a graph."""
     match _resolved(call, points, critic, method):
         case "directional":
-            if not isinstance(critic.function, Module):
+            if not critic.exact:
                 call = call._replace(critic=critic)  # another step, and other buffers, if it is another critic by now
             return directional.compute_penalty(call, points, critic, method)
         case "compiled":

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import math
 import threading
 import warnings
 import weakref
@@ -247,15 +248,78 @@ def over_helper(net):
     return lambda x: score(x)
 
 
-@pytest.mark.parametrize(
-    "over", [over_closure, over_default, over_keyword, over_partial, over_list, over_helper], ids=lambda f: f.__name__
-)
+def over_wrapper(net):
+    return torch.enable_grad()(net)  # a function of torch's own, as that of vmap
+
+
+OVER = [over_closure, over_default, over_keyword, over_partial, over_list, over_helper, over_wrapper]
+
+
+@pytest.mark.parametrize("over", OVER, ids=lambda f: f.__name__)
 def test_callables_of_one_line_over_two_critics(over):
     """What is known of the first, which is still there, says nothing of the second."""
     nets = [with_batch_norm() for _ in range(2)]
     for net in nets:
         with pytest.warns(UserWarning, match="batch normalisation in training mode"):
             fused_gradient_penalty(over(net), *samples())
+
+
+def over_factor(net, factor):
+    return lambda x: net(x) * factor
+
+
+def over_object(net, owner):
+    return lambda x: net(x) * owner.size
+
+
+def over_torch(net):
+    return lambda x: torch.tanh(nn.functional.silu(net(x)))
+
+
+def over_sequence(net, length):
+    many = [net] * length
+    return lambda x: many[0](x)
+
+
+def over_function_of_another_file(net):
+    return lambda x: net(x) + 0 * doubles(5, 1)
+
+
+def over_another_module(net):
+    return lambda x: net(x) * math.sqrt(4)
+
+
+EXACT = [
+    (lambda net: net, True),
+    (lambda net: over_closure(net), True),
+    (lambda net: over_torch(net), True),
+    (lambda net: functools.partial(over_closure(net)), True),
+    (lambda net: over_sequence(net, 3), True),
+    (lambda net: over_sequence(net, 1000), False),
+    (lambda net: over_factor(net, 2.0), False),
+    (lambda net: over_factor(net, 2), False),
+    (lambda net: over_factor(net, True), True),
+    (lambda net: over_factor(net, torch.ones(())), False),
+    (lambda net: over_object(net, Graph()), False),
+    (lambda net: over_function_of_another_file(net), False),
+    (lambda net: over_another_module(net), False),
+]
+
+
+@pytest.mark.parametrize(("over", "exact"), EXACT)
+def test_directional_watches_again_where_another_critic_may_have_been_chosen(over, exact, monkeypatch):
+    """Of a critic that can be no other, only the first call is watched."""
+    watched = []
+
+    def register(hook):
+        watched.append(hook)
+        return torch_module.register_module_forward_pre_hook(hook)
+
+    monkeypatch.setattr(critics, "register_module_forward_pre_hook", register)
+    net = mlp()
+    for _ in range(4):
+        fused_gradient_penalty(over(net), *samples(), method="directional")
+    assert len(watched) == (1 if exact else 4)
 
 
 CURRENT = None  # the critic of the next test

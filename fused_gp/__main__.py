@@ -94,11 +94,8 @@ def _parity(device: torch.device) -> float:
 
     def gradients(penalty, device, dtype):  # type: ignore[no-untyped-def]
         w, v = (t.to(device, dtype).requires_grad_() for t in (weight, last))
-        value = penalty(
-            lambda x: torch.tanh(x.flatten(1) @ w) @ v,
-            *(t.to(device, dtype) for t in (real, fake)),
-            alpha=alpha.to(device),
-        )
+        samples = [t.to(device, dtype) for t in (real, fake)]
+        value = penalty(lambda x: torch.tanh(x.flatten(1) @ w) @ v, *samples, alpha=alpha.to(device))
         return [g.cpu().double() for g in torch.autograd.grad(value, (w, v))]
 
     ours = gradients(fused_gp.fused_gradient_penalty, device, torch.float32)

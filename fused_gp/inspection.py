@@ -184,9 +184,8 @@ def _inspection(launch: Launch, case: str, target: str, machine: "_Nvidia | _Amd
         minimum -= 1  # w' = 0: the gradients are not needed
     reads, writes = _moved(launch.compiled.asm["ttir"], f"{constants['ROWS']}x{constants['COLS']}x")
 
-    tile = max(
-        constants["ROWS"] * constants["COLS"], threads
-    )  # of fewer elements, several threads process the same one
+    # Of a tile with fewer elements than threads, several threads process the same one.
+    tile = max(constants["ROWS"] * constants["COLS"], threads)
     # The compiler may have unrolled the loop, whose body then loads several tiles.
     loaded = sum(i.load for i in loops) / 8 * threads
     tiles = max(1, int(loaded / (tile * max(1, reads) * dtype.itemsize)))
@@ -367,10 +366,8 @@ class _Nvidia:
         return min(fits)
 
     def arrival(self) -> list[str]:
-        return _around_atomic(
-            re.findall(r"(?<![\w.])(?:ld\.global|st\.global|atom|bar\.sync|barrier|fence|membar)[\w.:]*", self.ptx),
-            atomic=r"atom", store=r"st\.global", load=r"ld\.global",
-        )  # fmt: skip
+        found = re.findall(r"(?<![\w.])(?:ld\.global|st\.global|atom|bar\.sync|barrier|fence|membar)[\w.:]*", self.ptx)
+        return _around_atomic(found, atomic=r"atom", store=r"st\.global", load=r"ld\.global")
 
 
 _AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(\w+)")

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from . import arguments, reference
-from .critics.autograd_graph import reached_leaves
+from .critics.autograd_graph import NotTwiceDifferentiable, reached_leaves
 from .critics.critic import profile_by_parameter
 from .critics.profile import CriticProfile
 from .methods import choice
 from .methods.critic_call import CriticCall, PenaltyPoints
-from .methods.double_backward import NotTwiceDifferentiable, twice_differentiable_gradients
+from .methods.double_backward import twice_differentiable_gradients
 from .methods.input_gradients import cotangent, input_gradients
 from .ops.backends import backend_for
 from .ops.interpolation import interpolate_rows
@@ -312,7 +312,7 @@ def _zero_centred(
 
 
 def _new_tensors(batch: Sequence[Tensor], ops: Any) -> list[Tensor]:
-    """The samples as tensors of our own: the input gradient does not include what else the caller computes from his."""
+    """The samples as tensors of our own: what the caller computes from his samples is no part of the input gradient."""
     if ops is reference:  # torch.func makes its own
         return list(batch)
     return [x.view_as(x) if x.requires_grad else x.clone() if x.is_inference() else x.detach() for x in batch]

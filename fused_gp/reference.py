@@ -69,12 +69,7 @@ def gradient_norm_penalty(
 
 
 def input_gradient_penalty(
-    outputs: Any,
-    inputs: Any,
-    *,
-    output_weights: Any = None,
-    grad_scale: float | Tensor | None = None,
-    **options: Any,
+    outputs: Any, inputs: Any, *, output_weights: Any = None, grad_scale: float | Tensor | None = None, **options: Any
 ) -> Any:
     """The penalty on the gradient of the weighted sum of the outputs; an input they do not depend on has gradient 0."""
     outs, ins = tree_leaves(outputs), tree_leaves(inputs)

@@ -1,4 +1,7 @@
-"""The suites: modules, each with `cases(device)`, in the order in which they are listed."""
+"""The suites: modules, each with `cases(device)`, in the order in which they are listed.
+
+A new suite is also named in `results.FILES`, and in `tables.OF_SUITE` of the report.
+"""
 
 from types import ModuleType
 

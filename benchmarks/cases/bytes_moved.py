@@ -1,5 +1,4 @@
-"""The byte model: how much each op has to move through memory, in elements per element of the batch (design: kernels);
-and what copying as many bytes costs on this machine.
+"""How much each op has to move through memory, in elements per element of the batch, and what copying that much costs.
 
 What a row has once (alpha, norms) is not counted.
 """

@@ -31,7 +31,7 @@ class Change(NamedTuple):
 
     @property
     def better(self) -> bool:
-        """For us. In the ratios of ours, and of our two ops, these are above the line: the less the better."""
+        """For us. In the ratios of ours, and of our two ops, our time is the numerator: smaller is better."""
         name = self.row["implementation"]
         above = is_ours(name) or name == TWO_OPS
         return (_bounds(self.after)[0] > _bounds(self.before)[0]) == (bool(_base(self.what)) and not above)
@@ -76,7 +76,7 @@ def _compared(what: str, row: Row, old: Row) -> bool:
 
 
 def _base(what: str) -> str:
-    """The implementation to whose time a ratio is; none of what is no ratio."""
+    """The implementation that is the denominator of a ratio, or "" where there is no ratio."""
     _, _, base = what.partition("over ")
     return base
 

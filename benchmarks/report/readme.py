@@ -2,7 +2,7 @@
 
 from benchmarks.names import BOTH, OURS, SNIPPET, is_ours, is_peer
 from benchmarks.report.case_rows import CaseRows, Row, by_case, interval, span
-from benchmarks.report.losses import lost
+from benchmarks.report.slower_cases import slower_cases
 from benchmarks.report.tables import TINY, extremes, methods, table
 
 END = "<!-- end -->"
@@ -43,7 +43,7 @@ def numbers(cpu: list[Row], cuda: list[Row]) -> str:
             f"divided by ours, with the 95 % interval of the median.\n\n"
             f"{table('', '', [against_peers(case) for case in chosen]).markdown()}\n"
             f"{PAGE} has all peers, critics, types and sizes, training steps, memory, and the "
-            f"{sum(1 for _ in lost(cases))} comparisons that a peer wins.\n"
+            f"{sum(1 for _ in slower_cases(cases))} comparisons that a peer wins.\n"
         )
     if not cuda:
         parts.append(

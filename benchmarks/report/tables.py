@@ -5,7 +5,7 @@ from typing import NamedTuple
 from benchmarks import names
 from benchmarks.names import COMPILED, COMPILED_CALL, OURS, SNIPPET, TIDY, TWO_OPS, USUAL, is_ours, is_peer
 from benchmarks.report.case_rows import CaseRows, Row, by_case, interval, inverse, span
-from benchmarks.report.losses import lost, why
+from benchmarks.report.slower_cases import slower_cases, why
 
 Cells = dict[str, str]  # by heading
 
@@ -240,10 +240,10 @@ def device(cases: list[CaseRows]) -> Table:
 def where_a_peer_wins(cases: list[CaseRows]) -> Table:
     rows = [
         {
-            "suite": loss.case.suite, "case": loss.case.label, "peer": f"{loss.peer} over {loss.over}",
-            "ratio": interval(loss.ratio), "why": why(loss),
+            "suite": slower.case.suite, "case": slower.case.label, "peer": f"{slower.peer} over {slower.over}",
+            "ratio": interval(slower.ratio), "why": why(slower),
         }
-        for loss in sorted(lost(cases), key=lambda loss: loss.ratio[0])
+        for slower in sorted(slower_cases(cases), key=lambda slower: slower.ratio[0])
     ]  # fmt: skip
     note = (
         "Every case in which the whole interval of a peer's ratio lies below 1, the largest loss first. A compiled "

@@ -31,6 +31,16 @@ NO_DERIVATIVE = ("torch::autograd::NotImplemented", "torch::autograd::Error")
 _once_differentiable_code = once_differentiable(lambda ctx, *grads: grads).__code__
 
 
+class NotTwiceDifferentiable(ValueError):
+    """The critic can be differentiated once only."""
+
+    def __init__(self, culprit: str, remedy: str) -> None:
+        super().__init__(
+            f"method='double_backward' must differentiate the critic twice, and found {culprit}. Use {remedy}."
+        )
+        self.culprit, self.remedy = culprit, remedy
+
+
 def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
     """Every node of the graph behind these outputs."""
     stack = [output.grad_fn for output in outputs]

@@ -20,7 +20,7 @@ class Contents:
         self.held: list[Any] = []  # weak references to modules, and to objects that may hold others
         self.modules: list[tuple[str, Module]] = []  # each with its path in what the callable holds
         self.compiled = False  # whether torch.compile made one of the functions
-        self.exact = True  # whether the key says which modules run: nothing that is not in it may choose among them
+        self.exact = True  # whether the key determines which modules run: no number, tensor or object chooses them
         self._seen: set[int] = set()
         self._add(critic)
         # What the callable is recognised by. It keeps nothing alive but code, types and words.
@@ -73,7 +73,7 @@ class Contents:
         for name in _global_names(function.__code__):
             thing = known.get(name)
             if type(thing) is FunctionType and thing.__globals__ is not known:
-                self.signature.append(thing.__code__)  # of another file, whose own globals are its business
+                self.signature.append(thing.__code__)  # of another file, whose globals are not followed
                 self.exact = False
             elif thing is not None:
                 self._add(thing)

@@ -29,8 +29,8 @@ class Critic:
 
     profile: CriticProfile
     known = True  # whether there is a profile; of a callable that is new there is one once it has run
-    exact = True  # whether it is the critic of the profile for sure: nothing that was not compared may choose another
-    trusted: bool  # whether a run need not be watched where the critic of the profile is all that the method needs
+    exact = True  # whether recognising it was enough: no number, tensor or object in it can choose another critic
+    trusted: bool  # whether a run need not be watched; "directional" watches what is not exact all the same
     _contents: Contents | None = None
     _buffers: Buffers | None = None  # in which a watched run keeps the buffers, as they were before it
     _was_watched = False

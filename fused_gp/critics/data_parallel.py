@@ -1,4 +1,4 @@
-"""DistributedDataParallel waits for a gradient of every parameter; a penalty by itself does not give one to each."""
+"""Critics under DDP and FSDP: what is refused, and the gradient that DDP waits for and a penalty does not give."""
 
 from typing import Any
 from weakref import ref
@@ -6,7 +6,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .autograd_graph import reached_leaves
+from .autograd_graph import NotTwiceDifferentiable, reached_leaves
 from .profile import CriticProfile
 
 
@@ -17,6 +17,26 @@ def refuse_static_graph(profile: CriticProfile) -> None:
         raise ValueError(
             "critic must be a DistributedDataParallel without static_graph=True, got one with it: it takes the input "
             "gradient for the whole of the first backward, and would never reduce the weights' gradients"
+        )
+
+
+def refuse_sharded(profile: CriticProfile) -> None:
+    """FSDP's weights, kept by reshard_after_forward=False and set_reshard_after_backward(False), would get no gradient
+    even so: it reduces in the first backward, where there is none yet."""
+    if profile.sharded:
+        raise NotTwiceDifferentiable(
+            "FSDP, which frees the weights and reduces their gradients in the first backward, that of the input "
+            "gradient",
+            "method='directional'",
+        )
+
+
+def refuse_inside_graph(distributed: bool) -> None:
+    """Of a graph that we compile, or the caller does."""
+    if distributed:
+        raise ValueError(
+            "method='compiled' cannot reach the hooks of DDP and FSDP from inside its graph, got such a critic: use "
+            "method='directional', or 'double_backward' under DDP, and leave the call out of torch.compile"
         )
 
 

@@ -23,7 +23,7 @@ class Bounded(dict[Any, Any]):
 
 
 class CriticProfile:
-    """Of one critic, which nothing in here keeps alive."""
+    """What is known of one critic. It holds no strong reference to it."""
 
     def __init__(self, roots: Sequence[Module], named: Sequence[tuple[str, Module]] = ()) -> None:
         """Of the outermost modules that run in it, and what it holds, by paths that are used in messages."""
@@ -49,7 +49,7 @@ class CriticProfile:
         paths: dict[int, str] = {}
         for path, module in named:
             for name, part in module.named_modules():
-                paths.setdefault(id(part), _joined(path, name))
+                paths.setdefault(id(part), ".".join(filter(None, (path, name))))
         for root in roots:
             self._roots.append(ref(root))
             for name, part in root.named_modules():
@@ -103,7 +103,3 @@ def is_compiled(module: Module) -> bool:
 
 def _alive(references: Iterable[ref[Any]]) -> list[Any]:
     return [thing for reference in references if (thing := reference()) is not None]
-
-
-def _joined(*names: str) -> str:
-    return ".".join(filter(None, names))

@@ -10,7 +10,7 @@ from torch.nn import Module
 
 
 class CriticState:
-    """The state from which a critic is about to run. As a context, it leaves the generators as if it had not.
+    """The state from which a critic is about to run. As a context manager, it restores the generators at the end.
 
     Dropout draws a mask at each run, and spectral norm takes a step of its power iteration. Between the two ends of a
     difference neither may change: the change would be divided by a small step.

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from .. import reference
+from ..critics.autograd_graph import NotTwiceDifferentiable
 from ..critics.batch_norm import warn_of_batch_norm
 from ..critics.critic import Critic
-from ..critics.profile import is_replicated, is_sharded
 from ..form import Method
-from . import chunks, compiled, directional, double_backward
+from . import chunks, compiled, directional, double_backward, traced
 from .critic_call import CriticCall, PenaltyPoints, PenaltyResult
 from .input_gradients import input_gradients
 
@@ -20,7 +20,7 @@ from .input_gradients import input_gradients
 def compute_penalty(call: CriticCall, points: PenaltyPoints, method: Method) -> PenaltyResult:
     """The penalty, with the graph of its gradient where gradients are enabled."""
     if call.ops is reference:
-        return _traced(call, points, method)
+        return traced.compute_penalty(call, points, method)
     critic = Critic(call.critic)
     if critic.known:
         warn_of_batch_norm(critic.profile)
@@ -73,11 +73,11 @@ def _resolved(call: CriticCall, points: list[Tensor], critic: Critic, method: Me
             try:
                 double_backward.compute_penalty(call.again(state), leaves, critic, create_graph=True)
                 chosen[mode] = "double_backward"
-            except double_backward.NotTwiceDifferentiable as error:
+            except NotTwiceDifferentiable as error:
                 try:
                     directional.compute_penalty(call.again(state), leaves, critic, method)
-                except directional.NotSmooth as kinked:
-                    raise ValueError(f"{error} But {kinked}") from None
+                except directional.NotSmooth as not_smooth:
+                    raise ValueError(f"{error} But {not_smooth}") from None
                 chosen[mode] = "directional"
     return chosen[mode]
 
@@ -101,15 +101,3 @@ def _value_only(call: CriticCall, points: PenaltyPoints, critic: Critic, chunk_s
 def _outside_inference_mode(tensor: Tensor) -> Tensor:
     """The tensor, or its copy where it was made under inference_mode and cannot be part of a graph."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _traced(call: CriticCall, points: PenaltyPoints, method: Method) -> PenaltyResult:
-    """Inside torch.compile, torch.func and forward-mode autograd, where every exact method is the same."""
-    if method.name == "directional" or method.chunk_size is not None:
-        given = "method='directional'" if method.name == "directional" else f"chunk_size={method.chunk_size}"
-        raise ValueError(
-            f"{given} evaluates the critic step by step, and cannot be traced by torch.compile, torch.func or "
-            "forward-mode autograd: leave it out, or call the penalty outside the compiled function"
-        )
-    compiled.refuse_hooks(is_replicated(call.critic) or is_sharded(call.critic))
-    return compiled.traceable_penalty(call, points.build(points.batch, reference))

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_map_only
 from .. import reference
 from ..critics import autograd_graph
 from ..critics.critic import Critic
+from ..critics.data_parallel import refuse_inside_graph
 from ..form import accumulation_type
-from ..ops.norm_penalty import norm_penalty_rows
 from .critic_call import CriticCall, PenaltyResult, independent_scores_error
 from .directional import refuse_higher_order
-from .double_backward import NotTwiceDifferentiable, checked_input_gradients
+from .double_backward import checked_input_gradients
 from .input_gradients import cotangent
+from .traced import penalty_by_torch_func
 
 
 class CompiledPenalty:
@@ -45,7 +46,7 @@ _INSTEAD = "Use method='double_backward', or, where the critic is smooth, method
 def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic) -> PenaltyResult:
     """Exact, and differentiable once."""
     profile = critic.profile
-    refuse_hooks(profile.sharded or bool(profile.replicas()))
+    refuse_inside_graph(profile.sharded or bool(profile.replicas()))
     form, batch, scale = call.form, points[0].shape[0], call.grad_scale
     # Weight and grad_scale may change from step to step: they are applied outside, or are tensor inputs.
     plain = form._replace(rows=1, scale=1.0, kappa=None)
@@ -81,8 +82,7 @@ def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic) 
                 f"normalisation does in training mode, got one that does. {_INSTEAD}"
             ) from error
         words = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-        first = compiled.batch
-        sizes = "" if run is compiled.fixed else f", for batches of other sizes than the first, {first}, as well"
+        sizes = "" if run is compiled.fixed else f", for other batch sizes than the first, {compiled.batch}, as well"
         raise ValueError(
             f"method='compiled' needs a critic that torch.compile can compile whole{sizes}, and it says: {words} "
             f"{_INSTEAD}"
@@ -99,27 +99,12 @@ def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic) 
     return PenaltyResult(penalty, norms)
 
 
-def refuse_hooks(distributed: bool) -> None:
-    """In a graph that we compile, or the caller does."""
-    if distributed:
-        raise ValueError(
-            "method='compiled' cannot reach the hooks of DDP and FSDP from inside its graph, got such a critic: use "
-            "method='directional', or 'double_backward' under DDP, and leave the call out of torch.compile"
-        )
-
-
-def traceable_penalty(call: CriticCall, points: Sequence[Tensor]) -> PenaltyResult:
-    """By torch.func, which torch.compile can trace. Differentiable to every order in which the critic is."""
-    scores, pull_back = torch.func.vjp(lambda *xs: call.scores(xs), *points)  # type: ignore[misc]
-    return PenaltyResult(*norm_penalty_rows(pull_back(cotangent(scores, call.grad_scale)), call.form, reference))
-
-
 def _penalty_and_norms(call: CriticCall, points: list[Tensor], upstream: Any, group: int) -> tuple[Tensor, Tensor]:
     """What is compiled."""
     scale: Any = call.grad_scale
     kappa = None if scale is None else 1 / scale.to(accumulation_type(*[x.dtype for x in points]))
     form = call.form._replace(rows=len(points[0]) // group, kappa=kappa)
-    penalty, norms, _ = traceable_penalty(call._replace(form=form), points)
+    penalty, norms, _ = penalty_by_torch_func(call._replace(form=form), points)
     return penalty if upstream is None else penalty * upstream.squeeze(), norms
 
 
@@ -157,7 +142,7 @@ def _check(call: CriticCall, points: Sequence[Tensor], critic: Critic) -> None:
             raise _hooked()
         try:
             checked_input_gradients((scores,), (cotangent(scores, None),), leaves)
-        except NotTwiceDifferentiable as error:
+        except autograd_graph.NotTwiceDifferentiable as error:
             raise ValueError(
                 f"method='compiled' must differentiate the critic twice, and found {error.culprit}. Use {error.remedy}."
             ) from None

@@ -148,7 +148,7 @@ def _central_difference(
     _, sizes = call.ops.penalty_forward([x.detach() for x in rows], SAMPLE_NORM._replace(rows=form.rows))
 
     # V_i = w(n_i) g_i, with the gradient g_i of the unscaled scores: kappa times that of the scaled ones.
-    weight = torch_ops.row_weight(norms, norms.new_ones(()), form._replace(kappa=None))
+    weight = torch_ops.row_factor(norms, norms.new_ones(()), form._replace(kappa=None))
     lengths = norms if form.squared else (norms * norms - form.eps).clamp(min=0).sqrt()
     largest = (weight.reshape(-1) * lengths).abs().max()
     largest = torch.where(largest == 0, 1.0, largest)  # all samples on the target: no direction, and no gradient

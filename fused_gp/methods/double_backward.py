@@ -12,16 +12,6 @@ from .critic_call import CriticCall, PenaltyResult, independent_scores_error
 from .input_gradients import Tensors, cotangent, input_gradients
 
 
-class NotTwiceDifferentiable(ValueError):
-    """The critic can be differentiated once only."""
-
-    def __init__(self, culprit: str, remedy: str) -> None:
-        super().__init__(
-            f"method='double_backward' must differentiate the critic twice, and found {culprit}. Use {remedy}."
-        )
-        self.culprit, self.remedy = culprit, remedy
-
-
 def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic, create_graph: bool) -> PenaltyResult:
     """Run the critic once at these points. An error is raised here where the penalty's gradient would not exist."""
     for x in points:
@@ -31,7 +21,8 @@ def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic, 
     profile = critic.profile
     ones = cotangent(scores, call.grad_scale)
     if create_graph:
-        refuse_what_cannot_be_reduced(profile)
+        data_parallel.refuse_static_graph(profile)
+        data_parallel.refuse_sharded(profile)
         found = twice_differentiable_gradients((scores,), (ones,), points, profile)
     else:
         found = input_gradients((scores,), (ones,), points, False, False)
@@ -42,19 +33,6 @@ def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic, 
     if create_graph:
         penalty = data_parallel.with_all_parameters(penalty, scores, profile)
     return PenaltyResult(penalty, norms)
-
-
-def refuse_what_cannot_be_reduced(profile: CriticProfile) -> None:
-    """What shares gradients among processes in the first backward, that of the input gradient."""
-    data_parallel.refuse_static_graph(profile)
-    if profile.sharded:
-        # With weights kept, by reshard_after_forward=False and set_reshard_after_backward(False), they still get no
-        # gradient: FSDP reduces in the first backward, where there is none yet.
-        raise NotTwiceDifferentiable(
-            "FSDP, which frees the weights and reduces their gradients in the first backward, that of the input "
-            "gradient",
-            "method='directional'",
-        )
 
 
 def twice_differentiable_gradients(
@@ -75,8 +53,8 @@ def checked_input_gradients(outputs: Tensors, cotangents: Tensors, points: Seque
         between = autograd_graph.nodes_between(outputs, points)
         autograd_graph.refuse_reentrant(between)
         if found := autograd_graph.once_differentiable_node(between):
-            raise NotTwiceDifferentiable(*found)
+            raise autograd_graph.NotTwiceDifferentiable(*found)
     gradients = input_gradients(outputs, cotangents, points, True, True)
     if found := autograd_graph.missing_derivative(gradients, points):
-        raise NotTwiceDifferentiable(*found)
+        raise autograd_graph.NotTwiceDifferentiable(*found)
     return gradients

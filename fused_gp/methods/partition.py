@@ -56,5 +56,5 @@ class GradientInForward(CustomPartitionerFn):
         return _extract_fwd_bwd_modules(gm, gradients, [], num_fwd_outputs=count)
 
     def uuid(self) -> Any:
-        """Its part of the key of the compiler's cache."""
+        """What the key of the compiler's cache has of it."""
         return get_hash_for_files((__file__,)), self.scaled

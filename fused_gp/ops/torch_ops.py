@@ -77,7 +77,7 @@ def penalty_forward(gradients: Rows, form: PenaltyForm) -> tuple[Tensor, Tensor]
 
 def penalty_backward(gradients: Rows, norms: Tensor, upstream: Tensor, form: PenaltyForm) -> list[Tensor]:
     """Upstream, a scalar or (R,) -> the gradients of the penalty, (R, N) each."""
-    weight = row_weight(norms, upstream, form)
+    weight = row_factor(norms, upstream, form)
     return [_scaled(g, weight) for g in gradients]
 
 
@@ -85,7 +85,7 @@ def penalty_double_backward(
     gradients: Rows, norms: Tensor, upstream: Tensor, cotangents: Rows, form: PenaltyForm, upstream_needed: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """(R, N) cotangents of the backward -> gradients of its `gradients` and, where needed, of its `upstream`."""
-    weight = row_weight(norms, upstream, form)
+    weight = row_factor(norms, upstream, form)
     if form.squared and not upstream_needed:
         return [_scaled(u, weight) for u in cotangents], None
     dots = _dots(gradients[0], cotangents[0], norms.dtype)
@@ -113,7 +113,7 @@ def penalty_double_backward(
     return [_second_order(g, u, *columns) for g, u in zip(gradients, cotangents, strict=True)], upstream_grad
 
 
-def row_weight(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
+def row_factor(norms: Tensor, upstream: Tensor, form: PenaltyForm) -> Tensor:
     """upstream * scale * kappa^2 * w(n), as a column, or as one number where all rows have the same."""
     target, _, _, twice = _constants(form, norms)
     factor = upstream * twice

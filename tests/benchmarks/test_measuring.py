@@ -37,7 +37,7 @@ def test_too_few_samples_have_no_interval():
 
 
 def test_the_byte_model_is_the_kernels_budget():
-    """Elements read and written: the table of design, section 5."""
+    """Elements read and written by each op."""
     assert bytes_moved.INTERPOLATE == (2, 1)
     assert bytes_moved.INTERPOLATE_BACKWARD == (1, 2)
     assert bytes_moved.PENALTY == (1, 0)

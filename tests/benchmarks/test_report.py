@@ -20,7 +20,7 @@ from benchmarks.names import (
     is_peer,
 )
 from benchmarks.peers import PEERS
-from benchmarks.report import case_rows, losses, page, readme, tables
+from benchmarks.report import case_rows, page, readme, slower_cases, tables
 from benchmarks.report.case_rows import by_case
 from tests.support.small_run import small_run
 
@@ -86,8 +86,8 @@ def test_losses_are_listed(rows):
     def with_ratio(found):
         return by_case([rows[0], rows[1] | {"over fused_gp": found}])
 
-    assert [loss.peer for loss in losses.lost(with_ratio([0.9, 0.8, 0.99]))] == ["snippet"]
-    assert not list(losses.lost(with_ratio([0.9, 0.8, 1.01])))
+    assert [slower.peer for slower in slower_cases.slower_cases(with_ratio([0.9, 0.8, 0.99]))] == ["snippet"]
+    assert not list(slower_cases.slower_cases(with_ratio([0.9, 0.8, 1.01])))
     assert "snippet over fused_gp | 0.90 (0.80 to 0.99)" in page_of(
         [rows[0], rows[1] | {"over fused_gp": [0.9, 0.8, 0.99]}]
     )
@@ -124,8 +124,8 @@ def test_why_a_peer_wins(rows, row, peer, reason):
         row | {"implementation": name, "over fused_gp": ratio}
         for name, ratio in ((TWO_OPS, [0.004] * 3), (NO_PENALTY, [0.57] * 3), (peer, row["over fused_gp"]))
     ]
-    (loss,) = losses.lost(by_case([row | {"implementation": OURS}, *found]))
-    assert losses.why(loss).startswith(reason)
+    (slower,) = slower_cases.slower_cases(by_case([row | {"implementation": OURS}, *found]))
+    assert slower_cases.why(slower).startswith(reason)
 
 
 def test_first_calls_of_training_steps_are_not_listed(rows):

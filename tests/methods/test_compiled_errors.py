@@ -142,7 +142,7 @@ def test_dropout_is_refused_at_a_second_batch_size(compiled_graphs):
     critic = nn.Sequential(nn.Dropout(0.5), mlp().double())
     for _ in range(2):
         fused_gradient_penalty(critic, *vectors(5), method="compiled")
-        with pytest.raises(ValueError, match="whole, for batches of other sizes than the first, 5, as well, and it"):
+        with pytest.raises(ValueError, match="whole, for other batch sizes than the first, 5, as well, and it"):
             fused_gradient_penalty(critic, *vectors(4), method="compiled")
     counters["graph_break"].clear()  # the compiler counts what it refused
 

@@ -15,26 +15,26 @@ IN_CACHE = 2**22  # elements: several such tensors stay in a cache of 32 MB or m
 NEAR = 0.95  # of an interval's upper end: what memory and chance can make of equal work
 
 
-class Loss(NamedTuple):
+class SlowerCase(NamedTuple):
     case: CaseRows
     peer: str
     over: str
     ratio: list[float]
 
 
-def lost(cases: list[CaseRows]) -> Iterator[Loss]:
+def slower_cases(cases: list[CaseRows]) -> Iterator[SlowerCase]:
     """Where a peer's whole interval is below 1: compiled against compiled, where ours was timed too."""
     for case in cases:
         for peer, row in case.rows.items():
             over = COMPILED if peer == COMPILED_CALL and COMPILED in case.rows else OURS
             ratio = row.get(f"over {over}")
             if case.suite in SUITES and is_peer(peer) and ratio is not None and ratio[2] < 1:
-                yield Loss(case, peer, over, ratio)
+                yield SlowerCase(case, peer, over, ratio)
 
 
-def why(loss: Loss) -> str:
+def why(slower: SlowerCase) -> str:
     """As found on a CPU; of a GPU nothing is known yet."""
-    case = loss.case
+    case = slower.case
     if case.rows[OURS]["device"] != "cpu":
         return "not known"
     if case.dtype in ("float16", "bfloat16"):
@@ -57,7 +57,7 @@ def why(loss: Loss) -> str:
             "norms of chunks of 4096 elements first: the norm of a long row at once adds up in a few fp32 lanes, and "
             "is off by 1e-4 where a row is 200,000 equal numbers"
         )
-    if _same_work(loss) and loss.ratio[2] > NEAR:
+    if _same_work(slower) and slower.ratio[2] > NEAR:
         return (
             "equal: both run the same operations, but for less than a hundredth of the time; of the intervals of "
             "equals one in forty lies below 1"
@@ -73,11 +73,11 @@ def _one_penalty(case: CaseRows) -> float:
     return ms * (1 - float(case.rows[NO_PENALTY][f"over {OURS}"][0])) / CRITIC_UPDATES
 
 
-def _same_work(loss: Loss) -> bool:
+def _same_work(slower: SlowerCase) -> bool:
     """Eager forms call the same operations of a critic, beside a large one of which the two ops are next to nothing;
     and on a CPU the interpolation of fp32 is one lerp, as tidy's is.
     """
-    if loss.case.suite == "ops":
-        return loss.case.name == "interpolation, forward" and loss.peer == TIDY
-    ops = loss.case.value(TWO_OPS, f"over {OURS}")
-    return loss.peer != COMPILED_CALL and ops is not None and ops < 0.01
+    if slower.case.suite == "ops":
+        return slower.case.name == "interpolation, forward" and slower.peer == TIDY
+    ops = slower.case.value(TWO_OPS, f"over {OURS}")
+    return slower.peer != COMPILED_CALL and ops is not None and ops < 0.01

@@ -40,7 +40,7 @@ bench-gpu:
 	@$(PYTHON) -c 'import numpy, torch' || { echo "make bench-gpu needs them beside $(PYTHON)" >&2; exit 1; }
 	$(FROM_CHECKOUT) benchmarks $(SUITES) --device cuda $(ARGS)
 
-# What launches cost the host on a GPU that is not there; the penalties of systems that people use; the methods.
+# What launches cost the host on a simulated GPU; the penalties of systems that people use; the methods.
 bench-host bench-systems bench-methods: bench-%: .venv/dev
 	$(BIN)/python -m benchmarks $* $(ARGS)
 

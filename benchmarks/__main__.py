@@ -51,9 +51,9 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[Case]]:
     parser.add_argument("suites", nargs="+", choices=SUITES, metavar="SUITE", help="one or more; see below")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda is ROCm too (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="a few cases, and nothing that has to be compiled")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains this, as 'MLP (64'")
     least, most = timing.ROUNDS
-    rounds = f"of timings, {intervals.LEAST} or more (default: {least} to {most}, by time)"
+    rounds = f"number of timing rounds, {intervals.LEAST} or more (default: {least} to {most}, by time)"
     parser.add_argument("--rounds", type=int, metavar="N", help=rounds)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where JSON and pictures go")
     options = parser.parse_args(words)
@@ -71,7 +71,14 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[Case]]:
         every = [replace(case, compiling=False) for case in every if case.quick]
     chosen = [case for case in every if options.only in case.key]
     if not chosen:
-        parser.error(f"--only: no case has {options.only!r} in its name:\n" + "\n".join(case.key for case in every))
+        among = "of --quick " if options.quick else ""
+        keys = "\n".join(case.key for case in every)
+        parser.error(f"--only: no case {among}has {options.only!r} in its name:\n{keys}")
+    if options.out is not None:
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--out must be a folder, got {options.out}: {error.strerror}")
     return options, chosen
 
 

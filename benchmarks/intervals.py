@@ -1,4 +1,4 @@
-"""How sure a median is."""
+"""Medians with confidence intervals."""
 
 from collections.abc import Sequence
 from math import comb
@@ -20,8 +20,8 @@ def median(samples: Sequence[float]) -> Median:
     """With the interval between two of the samples that holds the true median in 95 % of all draws or more.
 
     A sample is below the median half of the time, so that of n the k-th smallest lies above it with the probability of
-    fewer than k heads in n throws of a coin: no assumption about the distribution of times, which is none that has a
-    name. k is the largest for which both ends miss with 5 % together.
+    fewer than k heads in n throws of a coin: no assumption is made about the distribution of times. k is the largest
+    for which both ends miss with 5 % together.
     """
     n = len(samples)
     if n < LEAST:

@@ -4,7 +4,7 @@ import argparse
 import json
 import platform
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 
 import torch
 
@@ -48,8 +48,9 @@ def report() -> int:
     """Versions, devices with the backend each would get, and a parity check on each; 1 if one fails."""
     print("fused_gp  ", fused_gp.__version__)
     print("python    ", platform.python_version(), "on", platform.platform())
+    installed = {found.name: found.version for found in distributions()}
     for package in ("torch", "triton", "numpy"):
-        print(f"{package:<10}", _version(package))
+        print(f"{package:<10}", installed.get(package, "not installed"))
     print("CUDA / HIP", torch.version.cuda, "/", torch.version.hip)
     print()
 
@@ -68,13 +69,6 @@ def report() -> int:
     if not triton_installed():
         print("Triton is not installed: every device uses plain torch.")
     return 1 if failed else 0
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _devices() -> list[torch.device]:

@@ -111,13 +111,13 @@ def alpha(value: Any, rows: int, reals: Sequence[Tensor]) -> Tensor:
     """alpha as a column, (rows, 1), in the accumulation type of all of real."""
     dtype, device = accumulation_type(*[x.dtype for x in reals]), reals[0].device
     if not isinstance(value, Tensor):
-        weight = number("alpha", value)
-        if not 0 <= weight <= 1:
+        fraction = number("alpha", value)
+        if not 0 <= fraction <= 1:
             raise ValueError(
-                f"alpha, the place between real (0) and fake (1), must be in [0, 1], got {value!r}; "
+                f"alpha, the position between real (0) and fake (1), must be in [0, 1], got {value!r}; "
                 "the coefficient of the penalty is `weight`"
             )
-        return torch.full((rows, 1), weight, dtype=dtype, device=device)
+        return torch.full((rows, 1), fraction, dtype=dtype, device=device)
     if value.dtype not in FLOATING:
         raise TypeError(f"alpha must be a floating tensor, got {value.dtype}")
     if value.device != device:
@@ -255,7 +255,7 @@ def method(name: Any, step: Any, chunk_size: Any, allow_kinks: Any, return_error
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
     if step is not None:
         if name not in ("directional", "auto"):
-            raise ValueError(f"step is of method='directional', got it with method={name!r}")
+            raise ValueError(f"step is an option of method='directional', got method={name!r}")
         step = number("step", step, above=0)
     if chunk_size is not None:
         chunk_size = positive_int("chunk_size", chunk_size)

@@ -1,4 +1,7 @@
-"""The records of what was asked: which penalty of the norm, and by which method its gradient reaches the weights."""
+"""The records of what was asked: which penalty of the norm, and by which method its gradient reaches the weights.
+
+And the type in which norms are computed, which all layers need.
+"""
 
 from typing import NamedTuple
 

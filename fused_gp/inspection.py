@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -433,8 +433,7 @@ def _around_atomic(found: list[str], atomic: str, store: str, load: str) -> list
         return []
     begin = max((i for i in range(at) if re.match(store, found[i])), default=0)
     end = next((i for i in range(at, len(found)) if re.match(load, found[i])), len(found) - 1)
-    kept = found[begin : end + 1]
-    return [text for i, text in enumerate(kept) if i == 0 or text != kept[i - 1]]
+    return [text for text, _ in groupby(found[begin : end + 1])]
 
 
 def table(inspections: Sequence[Inspection]) -> str:

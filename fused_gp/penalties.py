@@ -66,7 +66,7 @@ def fused_gradient_penalty(
             a tuple apart). A tensor that the critic ignores counts as gradient zero.
         fake: the same, of the same shape, dtype and device. Detach it in the critic's step; attached to a generator,
             the penalty's gradient flows into it.
-        alpha: the place between real (0) and fake (1), instead of a random one: a number in [0, 1], or a floating
+        alpha: the position between real (0) and fake (1), instead of a random one: a number in [0, 1], or a floating
             tensor of shape (), (B,) or (B, 1, ..., 1).
         generator: draws alpha, exactly as ``torch.rand(B, 1, ..., 1, generator=generator)`` does, before the critic
             runs. Codes with alpha on *real* get the same numbers with real and fake swapped.
@@ -95,7 +95,7 @@ def fused_gradient_penalty(
         step: of "directional", as a fraction of the mean norm of the points. By default found by trial, at the critic's
             first call and every 1000th, around the cube root of the spacing at 1 of the coarsest type that the critic
             computes in (5e-3 in fp32): where the slopes of the scores change least from step to step.
-        chunk_size: go through the batch so many samples at a time, so that memory does not grow with it. The gradient
+        chunk_size: go through the batch this many samples at a time, so that memory does not grow with it. The gradient
             is computed in the call, as exactly as by the method. For an nn.Module that scores each sample by itself;
             what has B in front in `critic_args` and `critic_kwargs` is cut too. Differentiable once; reduction "mean"
             or "sum". Dropout draws chunk by chunk. Parameters without a gradient get zeros.

@@ -70,7 +70,7 @@ def test_real_and_fake_must_be_alike(fake, error, message):
 @pytest.mark.parametrize(
     ("alpha", "error", "message"),
     [
-        (10, ValueError, r"alpha, the place between real \(0\) and fake \(1\), must be in \[0, 1\], got 10.*`weight`"),
+        (10, ValueError, r"alpha, the position between real \(0\) and fake \(1\), must be in .*, got 10.*`weight`"),
         (-0.1, ValueError, r"alpha.* must be in \[0, 1\], got -0.1"),
         (float("nan"), ValueError, "alpha must be a finite number, got nan"),
         ("half", TypeError, "alpha must be a number, got str"),
@@ -209,7 +209,7 @@ WRONG_OPTIONS_OF_METHODS = {
     "method": ({"method": "exact"}, ValueError,
                "method must be one of 'double_backward', 'compiled', 'directional', 'auto', got 'exact'"),
     "step of another": ({"step": 0.1}, ValueError,
-                        "step is of method='directional', got it with method='double_backward'"),
+                        "step is an option of method='directional', got method='double_backward'"),
     "step": ({"method": "directional", "step": 0.0}, ValueError, "step must be a finite number > 0, got 0.0"),
     "step's type": ({"method": "directional", "step": "1"}, TypeError, "step must be a number, got str"),
     "chunk_size": ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),

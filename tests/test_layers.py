@@ -1,8 +1,4 @@
-"""Dependencies between the modules of the package run downwards only, as their import statements show.
-
-`fused_gp.ops.backends` imports the kernels by `import_module`, so that importing the package does not load Triton. That
-is no import statement, and is not checked here.
-"""
+"""Dependencies between the modules of the package run downwards only, as their imports show, import_module included."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -58,7 +54,7 @@ def modules_of_the_package():
 
 
 def dependencies(modules):
-    """One for each module that an import statement names, whichever function or class the statement is in.
+    """One for each module that an import names, whichever function or class it is in.
 
     Python also runs the packages above an imported module; that is no dependency.
     """
@@ -75,12 +71,15 @@ def dependencies(modules):
 
 
 def imported_names(node, package, modules):
-    """The modules of the package that this statement imports: fully, or names from them."""
+    """The modules of the package that this statement or call imports: fully, or names from them."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
         base = resolve_name("." * node.level + (node.module or ""), package)
         names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names]
+    elif isinstance(node, ast.Call) and isinstance(node.args[0] if node.args else None, ast.Constant):
+        called = ast.unparse(node.func).rpartition(".")[2]
+        names = [str(node.args[0].value)] if called in ("import_module", "__import__") else []
     else:
         return set()
     return {name for name in names if name.partition(".")[0] == "fused_gp"}
@@ -191,6 +190,9 @@ def with_statement(modules, name, statement):
         ("fused_gp", "class C:\n    def f(self):\n        import fused_gp.__main__", "fused_gp.__main__"),
         ("fused_gp.ops.torch_ops", "try:\n    from ..critics import state\nexcept ImportError:\n    pass",
          "fused_gp.critics.state"),
+        ("fused_gp.ops.rows", "def f():\n    return importlib.import_module('fused_gp.critics.state')",
+         "fused_gp.critics.state"),
+        ("fused_gp.form", "ops = __import__('fused_gp.ops')", "fused_gp.ops"),
     ],
 )  # fmt: skip
 def test_an_upward_import_is_found(modules, name, statement, imported):

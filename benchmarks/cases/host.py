@@ -1,4 +1,4 @@
-"""Processor time of the two ops up to the launch, on a GPU that is not there.
+"""Processor time of the two ops up to the launch, on a simulated GPU.
 
 On GPUs, batches of a GAN's size take less time to compute than to launch. Ours is timed up to the launch itself: every
 argument checked, every kernel chosen, its call recorded. The snippet's operations are dispatched to CPU tensors, too

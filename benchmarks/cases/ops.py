@@ -73,7 +73,7 @@ def penalty_double(by: Implementation, x: Inputs) -> list[Tensor]:
 
 
 def both(by: Implementation, x: Inputs) -> list[Tensor]:
-    """All that a critic's step has of a penalty, but the critic."""
+    """Everything in the penalty of a critic's step except the critic itself."""
     return interpolation_forward(by, x) + penalty_backward(by, x)
 
 

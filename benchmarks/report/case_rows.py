@@ -28,7 +28,7 @@ class CaseRows(NamedTuple):
 
     @property
     def timed(self) -> bool:
-        """Or its memory alone was measured."""
+        """Whether any of it was timed; of some cases memory alone is measured."""
         return any("ms" in row for row in self.rows.values())
 
     @property

@@ -1,12 +1,12 @@
 """What changed between two runs of any suites, beyond noise.
 
-Compared are ratios, and no times: another speed of the machine affects both sides of a ratio. To our compiled call only
+Compared are ratios, not times: another speed of the machine affects both sides of a ratio. To our compiled call only
 the compiled peer is compared, or one change of it would be listed for all; and to a peer only ours. A change is what
 moved by more than 5 % (two runs of one program differ by some, as memory lies elsewhere) and so far that the two
 intervals do not overlap. Where A and B come from one machine, peak memory is compared as well, by the same rule.
-Better and worse are meant for us: a peer's time over ours should rise; that of one of our own variants, or of our two
-ops, should fall, and so should ours over a peer's. Ends with status 1 where a ratio of ours and a peer's became worse,
-or ours needs more memory.
+Better and worse are from the side of fused_gp: a peer's time over ours should rise; that of one of our own variants, or
+of our two ops, should fall, and so should ours over a peer's. Ends with status 1 where a ratio of ours and a peer's
+became worse, or ours needs more memory.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def table(found: list[Change], rows: int) -> Table:
         what = f"{change.row['implementation']}: {change.what}"
         sign = "better" if change.better else "worse"
         cells.append([_label(change.row), what, show(change.before), show(change.after), sign])
-    return Table("Changes beyond noise", f"{len(found)} changes in {rows} rows.", headings, cells)
+    return Table("Changes beyond noise", f"{len(found)} in {rows} rows.", headings, cells)
 
 
 def alone(first: list[Row], second: list[Row]) -> Table:
@@ -129,7 +129,8 @@ def run(text: str) -> list[Row]:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text} has no rows as `python -m benchmarks` writes them") from error
+        said = f"{text} has no rows as this version of `python -m benchmarks` writes them"
+        raise argparse.ArgumentTypeError(said) from error
     return rows
 
 

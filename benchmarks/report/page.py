@@ -120,7 +120,10 @@ def write() -> None:
 
 def main(words: Sequence[str]) -> int:
     assert __doc__ is not None
-    argparse.ArgumentParser("python -m benchmarks report", description=__doc__).parse_args(words)
+    parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__)
+    parser.parse_args(words)
+    if not results.committed()["cpu"]:
+        parser.error("there is no benchmarks/results/cpu.json, of which the pages are made: run `make bench` first")
     for name, rows in results.committed().items():
         if rows:
             draw(results.COMMITTED / f"{name}.json")

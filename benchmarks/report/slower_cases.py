@@ -50,7 +50,7 @@ def why(slower: SlowerCase) -> str:
     if case.suite == "ops" and prod(case.shape) < IN_CACHE:
         return (
             "in cache: the operations take some tens of microseconds each, and the Python between them shows, whose "
-            "code and data the tensors have driven out of the near caches"
+            "code and data the tensors have evicted from the first caches"
         )
     if case.name == "penalty, forward":
         return (
@@ -60,7 +60,7 @@ def why(slower: SlowerCase) -> str:
     if _same_work(slower) and slower.ratio[2] > NEAR:
         return (
             "equal: both run the same operations, but for less than a hundredth of the time; of the intervals of "
-            "equals one in forty lies below 1"
+            "equal times one in forty lies below 1 by chance"
         )
     return "not known"
 

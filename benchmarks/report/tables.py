@@ -65,8 +65,8 @@ def ops(cases: list[CaseRows]) -> list[Table]:
     return [
         table(
             "Interpolation, and the penalty forward and backward",
-            "All that a critic's step has of a penalty, but the critic. Time of each peer divided by ours; above 1 "
-            "ours is faster.",
+            "Everything in the penalty of a critic's step except the critic itself. Time of each peer divided by ours; "
+            "above 1 ours is faster.",
             [{"shape": case.size, "type": case.dtype, **times(case), **copying(case)} for case in both],
         ),
         table(
@@ -87,7 +87,7 @@ def penalties(cases: list[CaseRows]) -> list[Table]:
     ]  # fmt: skip
     note = (
         "Time of each peer divided by ours; compiled against compiled, and against the plain call. The last column is "
-        "how much of our time the two ops take: more than that no fusing of theirs could win."
+        "how much of our time the two ops take: fusing them can save no more than that."
     )
     return [table("The whole penalty: the call with a critic, and its backward to the weights", note, rows)]
 
@@ -201,7 +201,7 @@ def host(cases: list[CaseRows]) -> list[Table]:
         "dispatched to CPU tensors; below 1 ours is cheaper. Empty: Functions that do nothing, the least that "
         "`autograd.Function` costs."
     )
-    return [table("The host's time, on a GPU that is not there", note, rows)]
+    return [table("The host's time, on a simulated GPU", note, rows)]
 
 
 OF_SUITE = {

@@ -22,7 +22,9 @@ WIDEST = 120  # columns: what a table may take where the terminal has fewer
 
 def show(tables: Iterable[Table]) -> None:
     for table in map(filled, tables):
-        if find_spec("rich") is None:
+        if not table.rows:
+            print("", f"{table.title}: {table.note}", sep="\n")
+        elif find_spec("rich") is None:
             print("", table.title, *_aligned(table), table.note, sep="\n")
         else:
             _draw(table)

@@ -98,7 +98,7 @@ def refuse_reentrant(between: Iterable[Any]) -> None:
     """Through such a checkpoint no input gradient can be taken, not even once."""
     if any(node.name() == REENTRANT for node in between):
         raise ValueError(
-            "critic must let its input gradient be taken, and has reentrant checkpointing. Use "
+            "critic must not use reentrant checkpointing, through which no input gradient can be taken. Use "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )
 

@@ -1,5 +1,6 @@
 """A critic, recognised from call to call, and watched while it runs for the first time."""
 
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from .callables import Contents
 from .profile import Bounded, CriticProfile, is_compiled
 from .state import Buffers, CriticState
 
+DYNAMO = "torch._dynamo.eval_frame"  # loaded once something is compiled
+
 # By the first module that runs in the critic (where none does, by the critic's code), then by what it is recognised by.
 _profiles: WeakKeyDictionary[Any, dict[Hashable, CriticProfile]] = WeakKeyDictionary()
 _recognised: dict[Hashable, ref[CriticProfile]] = Bounded()  # callables, by their contents
@@ -29,8 +32,7 @@ class Critic:
 
     profile: CriticProfile
     known = True  # whether there is a profile; of a callable that is new there is one once it has run
-    exact = True  # whether recognising it was enough: no number, tensor or object in it can choose another critic
-    trusted: bool  # whether a run need not be watched; "directional" watches what is not exact all the same
+    trusted: bool  # whether a run need not be watched by methods that use nothing of the critic but its graph
     _contents: Contents | None = None
     _buffers: Buffers | None = None  # in which a watched run keeps the buffers, as they were before it
     _was_watched = False
@@ -42,22 +44,21 @@ class Critic:
             self.trusted = self.profile.watched
         else:
             self._contents = Contents(function)
-            self.exact = self._contents.exact
             reference = _recognised.get(self._contents.key)
             profile = None if reference is None else reference()
             self.known = profile is not None
             if profile is not None:
                 self.profile = profile
-            # Among several processes the gradients of another critic might not be reduced.
-            alone = not (distributed.is_available() and distributed.is_initialized())
-            self.trusted = self.known and (self.exact or alone)
+            # A number, an argument or an object deeper down may have chosen another critic. Among several processes
+            # its gradients might then not be reduced.
+            self.trusted = self.known and not (distributed.is_available() and distributed.is_initialized())
 
     def modules(self) -> Iterator[Module]:
-        """Those that run in it, as far as known, and those that a callable holds, whose own buffers it may write."""
+        """Those that run in it, as far as known, and those that a callable holds, whose buffers it may write itself."""
         if self.known:
             yield from self.profile.modules()
         if self._contents is not None:
-            yield from (module for _, module in self._contents.modules)
+            yield from (part for _, module in self._contents.modules for part in module.modules())
 
     def state(self, device: torch.device) -> CriticState:
         """From which it is about to run. A watched run adds the buffers of modules that were not known."""
@@ -69,8 +70,11 @@ class Critic:
         """Run it, and watch it if this is its first run in this call."""
         if self._was_watched:
             return self.function(*args, **kwargs)
-        if self._is_compiled():
+        # What is new may be compiled somewhere; only a run from a state that is kept needs to know before.
+        if self._is_compiled() or (DYNAMO in sys.modules and not self.known and self._buffers is not None):
             self.look(*args, **kwargs)
+            if self._buffers is not None:
+                self._buffers.keep(self.profile.modules())
             return self.function(*args, **kwargs)
         with self._watching(Buffers() if self._buffers is None else self._buffers):
             return self.function(*args, **kwargs)
@@ -85,7 +89,7 @@ class Critic:
     @contextmanager
     def eagerly(self) -> Iterator[None]:
         """What torch.compile has compiled runs eagerly inside, so that hooks are called, and not compiled."""
-        if not self._is_compiled():
+        if DYNAMO not in sys.modules:
             yield
             return
         unwarned = r"Using `torch.compile\(module\)` when there are global hooks"
@@ -95,10 +99,8 @@ class Critic:
 
     def _is_compiled(self) -> bool:
         """Whether torch.compile has compiled something that the critic is or holds."""
-        if self._contents is None:
-            return any(map(is_compiled, self.profile.modules()))
-        held = [part for _, module in self._contents.modules for part in module.modules()]
-        return self._contents.compiled or any(map(is_compiled, held))
+        compiled = self._contents is not None and self._contents.compiled
+        return DYNAMO in sys.modules and (compiled or any(map(is_compiled, self.modules())))
 
     @contextmanager
     def _watching(self, buffers: Buffers) -> Iterator[None]:
@@ -129,11 +131,8 @@ class Critic:
             self.profile.watched = True
             return
         signature, held = self._contents.key
-        owner = roots[0] if roots else getattr(self.function, "__code__", self.function)
-        try:
-            profiles = _profiles.setdefault(owner, Bounded())
-        except TypeError:  # a type without weak references, or without a hash
-            profiles = {}
+        owner = roots[0] if roots else getattr(self.function, "__code__", type(self.function))
+        profiles = _profiles.setdefault(owner, Bounded())
         key = signature, tuple(map(ref, roots)) or held
         if key not in profiles:
             profiles[key] = CriticProfile(roots, self._contents.modules)

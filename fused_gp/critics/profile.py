@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Bounded(dict[Any, Any]):
-    """Forgets everything once it would hold more than 100: prompts and lengths may be others at every call."""
+    """Forgets everything once it would hold more than 100: prompts and lengths may change at every call."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if len(self) >= 100 and key not in self:
@@ -77,7 +77,7 @@ class CriticProfile:
         return autocast, attention, *[root.training for root in _alive(self._roots)]
 
     def composition(self, arguments: Any) -> Hashable:
-        """The modules' types and modes, the parameters' types, the words and flags among the arguments: all that may
+        """The modules' types and modes, the parameters' types, the strings and bools among the arguments: all that may
         make it another critic while it lives."""
         roots = self.roots()
         parts = [(type(part), part.training) for root in roots for part in root.modules()]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.utils._pytree import tree_map_only
 
 from .. import reference
@@ -39,10 +40,11 @@ def compute_penalty(call: CriticCall, points: PenaltyPoints, method: Method) -> 
 
 def _with_graph(call: CriticCall, points: list[Tensor], critic: Critic, method: Method) -> PenaltyResult:
     """The penalty as a tensor with a graph."""
-    match _resolved(call, points, critic, method):
+    name = _resolved(call, points, critic, method)
+    if method.name in ("auto", "directional") and not isinstance(critic.function, Module):
+        call = call._replace(critic=critic)  # watched, since it may be another critic now, with other buffers
+    match name:
         case "directional":
-            if not critic.exact:
-                call = call._replace(critic=critic)  # another step, and other buffers, if it is another critic by now
             return directional.compute_penalty(call, points, critic, method)
         case "compiled":
             return compiled.compute_penalty(call, points, critic)
@@ -62,14 +64,16 @@ def _penalty_and_gradients(
 
 def _resolved(call: CriticCall, points: list[Tensor], critic: Critic, method: Method) -> str:
     """The method's name. What "auto" stands for with this critic is found by trying, once for each of its modes."""
-    if method.name in ("auto", "compiled") and not critic.known:
+    device = points[0].device
+    known = critic.known and (method.name != "auto" or critic.profile.mode(device) in critic.profile.chosen)
+    if method.name in ("auto", "compiled") and not known:
         call._replace(critic=critic.look).scores([x.detach().requires_grad_() for x in points])
     if method.name != "auto":
         return method.name
-    mode, chosen = critic.profile.mode(points[0].device), critic.profile.chosen
+    mode, chosen = critic.profile.mode(device), critic.profile.chosen
     if mode not in chosen:
         leaves = [x.detach().requires_grad_() for x in points]
-        with critic.state(points[0].device) as state, state.buffers.restored():
+        with critic.state(device) as state, state.buffers.restored():
             try:
                 double_backward.compute_penalty(call.again(state), leaves, critic, create_graph=True)
                 chosen[mode] = "double_backward"

@@ -21,8 +21,7 @@ from ..critics.critic import Critic
 from ..critics.state import Buffers
 from ..form import Method, accumulation_type
 from . import double_backward
-from .critic_call import CriticCall, PenaltyPoints, PenaltyResult
-from .directional import refuse_higher_order
+from .critic_call import CriticCall, PenaltyPoints, PenaltyResult, refuse_higher_order
 from .input_gradients import accumulate, first_row_dependence
 
 # (call, points, leaves, upstream, critic, method) -> the penalty, and upstream times its gradient at the leaves
@@ -43,23 +42,19 @@ class Batch:
         self.arrays = [t for t in others if isinstance(t, ndarray) and t.ndim > 0 and len(t) in lengths]
         self.cut = [*points.batch, *compress(others, self.is_cut)]
         # Arguments that are not cut and need a gradient, taken at leaves of our own instead of the graph behind them.
-        attached = [
-            isinstance(t, Tensor) and t.requires_grad and not cut for t, cut in zip(others, self.is_cut, strict=True)
-        ]
-        self.shared = list(compress(others, attached))
-        self.others = [t.detach().requires_grad_() if own else t for t, own in zip(others, attached, strict=True)]
-        self.shared_leaves = list(compress(self.others, attached))
+        own = [isinstance(t, Tensor) and t.requires_grad and not c for t, c in zip(others, self.is_cut, strict=True)]
+        self.shared = list(compress(others, own))
+        self.others = [t.detach().requires_grad_() if is_own else t for t, is_own in zip(others, own, strict=True)]
+        self.shared_leaves = list(compress(self.others, own))
 
     def chunks(self, chunk_size: int) -> Iterator[tuple[CriticCall, list[Tensor], list[Tensor]]]:
         """One after the other, so that each can be freed before the next is built."""
         if chunk_size % self.group:
-            raise ValueError(
-                f"chunk_size must be a multiple of group_size, got {chunk_size} for groups of {self.group}"
-            )
+            raise ValueError(f"chunk_size must be a multiple of group_size, {self.group}, got {chunk_size}")
         if self.arrays and chunk_size // self.group < self.rows:
             raise ValueError(
-                "critic_args and critic_kwargs must have what is of one sample each in tensors with chunk_size, which "
-                f"cuts them, got a NumPy array of {len(self.arrays[0])}"
+                "critic_args and critic_kwargs must have per-sample values in tensors with chunk_size, which cuts "
+                f"them, got a NumPy array of {len(self.arrays[0])}"
             )
         for start in range(0, self.rows, chunk_size // self.group):
             yield self.chunk(start, min(start + chunk_size // self.group, self.rows))
@@ -188,7 +183,7 @@ def _module_of(critic: Critic) -> Module:
         )
     if critic.profile.sharded:
         raise ValueError(
-            "chunk_size must be None under FSDP, whose hooks run in the critic's own backward, got one: use "
+            "chunk_size must be None under FSDP, whose hooks run in the critic's own backward, got a number: use "
             "method='directional' without it"
         )
     return critic.function
@@ -213,7 +208,7 @@ def _check_independent(batch: Batch, rows: int, whole: Sequence[Tensor], critic:
             )
     if scores.numel() % rows:
         raise ValueError(
-            f"critic must return as many scores for each sample with chunk_size, got {tuple(scores.shape)} for {rows}"
+            f"critic must return as many scores for every sample with chunk_size, got {tuple(scores.shape)} for {rows}"
         )
     with state.buffers.restored():  # for checkpoints, which run their part again
         own, others = first_row_dependence(scores, leaves, rows, False)

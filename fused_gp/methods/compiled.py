@@ -15,8 +15,7 @@ from ..critics import autograd_graph
 from ..critics.critic import Critic
 from ..critics.data_parallel import refuse_inside_graph
 from ..form import accumulation_type
-from .critic_call import CriticCall, PenaltyResult, independent_scores_error
-from .directional import refuse_higher_order
+from .critic_call import CriticCall, PenaltyResult, independent_scores_error, refuse_higher_order
 from .double_backward import checked_input_gradients
 from .input_gradients import cotangent
 from .traced import penalty_by_torch_func

@@ -1,4 +1,4 @@
-"""The call of a critic, and the penalty that came of it."""
+"""The call of a critic, the penalty that came of it, and the errors that all methods share."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ class CriticCall(NamedTuple):
         for x, version in zip(points, versions, strict=False):  # no versions in torch.func, which tracks changes itself
             if x._version != version:  # the gradient would be taken at the changed values
                 raise ValueError(
-                    "critic must leave its input as it is, got one that changes it in place: inplace=True first?"
+                    "critic must leave its input as it is, got one that changes it in place: use inplace=False"
                 )
         return scores
 
@@ -69,3 +69,12 @@ def independent_scores_error() -> ValueError:
         "critic must return scores that depend on the samples it is given, got scores that do not: "
         "is there a detach() or no_grad() inside it?"
     )
+
+
+def refuse_higher_order(what: str) -> None:
+    """In a backward that returns the right gradient, whose own derivative would be wrong."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{what} gives the penalty's first derivative alone, and this backward is one with create_graph=True: use "
+            "method='double_backward', without chunk_size"
+        )

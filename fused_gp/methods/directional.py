@@ -26,7 +26,7 @@ from ..critics.state import CriticState
 from ..form import Method, PenaltyForm
 from ..ops import torch_ops
 from ..ops.rows import Order, from_rows, storage_order, to_rows
-from .critic_call import CriticCall, PenaltyResult, independent_scores_error
+from .critic_call import CriticCall, PenaltyResult, independent_scores_error, refuse_higher_order
 from .input_gradients import accumulate, cotangent, first_row_dependence, input_gradients
 
 # Truncation grows as h^2, rounding as spacing / h: the best step is a multiple of the cube root of the spacing of the
@@ -242,15 +242,6 @@ class Surrogate(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         refuse_higher_order("method='directional'")
         return None, upstream
-
-
-def refuse_higher_order(what: str) -> None:
-    """In a backward that returns the right gradient, whose own derivative would be wrong."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{what} gives the penalty's first derivative alone, and this backward is one with create_graph=True: use "
-            "method='double_backward', without chunk_size"
-        )
 
 
 def _check_independent(scores: Tensor, leaves: Sequence[Tensor], rows: int) -> bool:

@@ -38,6 +38,8 @@ def rows(one_thread):
             ["systems", "--only", "nosuch"],
             "--only: no case has 'nosuch' in its name:\nsystems: WGAN-GP, eps (64, 2) flo",
         ),
+        (["ops", "--quick", "--only", "forward (64, 784)"], "--only: no case of --quick has 'forward (64, 784)' in"),
+        (["ops", "--out", "README.md"], "--out must be a folder, got README.md: File exists"),
         (["methods", "--device", "cuda"], "--device cuda needs a CUDA or ROCm device, and torch finds none"),
         (["systems", "--device", "cuda"], "--device cuda needs a CUDA or ROCm device, and torch finds none"),
         (["ops", "host", "--device", "cuda"], "--device cuda needs a CUDA or ROCm device, and torch finds none"),
@@ -56,6 +58,14 @@ def test_wrong_arguments_are_named_before_anything_is_measured(monkeypatch, caps
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert said in capsys.readouterr().err
+
+
+def test_pages_are_left_alone_where_no_run_is_committed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(results, "COMMITTED", tmp_path)
+    monkeypatch.setattr(page, "write", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["report"])
+    assert "run `make bench` first" in capsys.readouterr().err
 
 
 def test_help_says_everything(capsys):

@@ -124,7 +124,7 @@ def test_what_is_timed_in_one_of_two_runs_only_is_listed(rows):
     wrong = {name: value for name, value in rows[1].items() if name != "ms"} | {"failed": "Wrong: relative error 1"}
     case = f"ops: {SMALL.name} 8 x 12 float32 on cpu"
     before, after = [rows[0], rows[1]], [rows[0], wrong, rows[2]]
-    assert compare.table([], len(after)).note == "0 changes in 3 rows."
+    assert compare.table([], len(after)).note == "0 in 3 rows."
     assert compare.alone(before, after).rows == [["A", case, SNIPPET], ["B", case, TIDY]]
     for other in ({"device": "cuda"}, {"suite": "another"}):  # which `changes` does not compare either
         alone = compare.alone([rows[1]], [rows[1] | other]).rows
@@ -136,7 +136,7 @@ def test_what_is_timed_in_one_of_two_runs_only_is_listed(rows):
     ("text", "said"),
     [
         (None, "No such file or directory"),
-        ("nonsense", "has no rows as `python -m benchmarks` writes them"),
+        ("nonsense", "has no rows as this version of `python -m benchmarks` writes them"),
         ("[1]", "has no rows"),
         ('{"rows": {}}', "has no rows"),
         ('{"rows": ["a"]}', "has no rows"),
@@ -163,7 +163,7 @@ def test_a_committed_run_is_equal_to_itself(name, capsys):
     """Whatever its suites."""
     assert main(["compare", str(results.COMMITTED / name), str(results.COMMITTED / name)]) == 0
     said = capsys.readouterr().out
-    assert f"0 changes in {len(results.load(results.COMMITTED / name))} rows." in said
+    assert f"0 in {len(results.load(results.COMMITTED / name))} rows." in said
     assert "In one run alone" not in said
 
 

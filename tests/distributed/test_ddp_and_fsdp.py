@@ -34,7 +34,7 @@ ERRORS = {
     "found FSDP, which frees the weights and reduces their gradients in the first backward, that of the input "
     "gradient. Use method='directional'.",
     "sharded chunks": "ValueError: chunk_size must be None under FSDP, whose hooks run in the critic's own backward, "
-    "got one: use method='directional' without it",
+    "got a number: use method='directional' without it",
 }
 
 

@@ -95,7 +95,7 @@ def test_chunks_are_multiples_of_groups():
     for grad in (True, False):
         with (
             torch.set_grad_enabled(grad),
-            pytest.raises(ValueError, match=r"^chunk_size must be a multiple of group_size, got 3 for groups of 2$"),
+            pytest.raises(ValueError, match=r"^chunk_size must be a multiple of group_size, 2, got 3$"),
         ):
             fused_gradient_penalty(critic, real, fake, group_size=2, chunk_size=3)
 

@@ -51,7 +51,7 @@ ERRORS = {
     "transposed scores": (lambda: nn.Sequential(nn.Linear(6, 2), nn.Tanh(), Transposed()), {}, COUPLED_SAMPLES),
     "an odd number of scores": (
         lambda: OneScoreTooMany(mlp()), {},
-        "critic must return as many scores for each sample with chunk_size, got (3,) for 2"
+        "critic must return as many scores for every sample with chunk_size, got (3,) for 2"
     ),
     "a hidden parameter": (
         WithHiddenParameter, {},

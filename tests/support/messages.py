@@ -30,7 +30,7 @@ NOT_SMOOTH = (
     "nevertheless."
 )
 REENTRANT = (
-    "critic must let its input gradient be taken, and has reentrant checkpointing. Use "
+    "critic must not use reentrant checkpointing, through which no input gradient can be taken. Use "
     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
 )
 NO_PART_IN_THE_SCORES = (

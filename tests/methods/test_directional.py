@@ -157,7 +157,7 @@ def test_first_order_passes_only():
             return upstream
 
     penalty = fused_gradient_penalty(lambda x: FirstOrder.apply(critic(x)), *fp32_vectors(), method="directional")
-    # One input gradient. Before it a run in which compiled parts would be eager, if anything is compiled in this process;
+    # One input gradient. Before it a run in which compiled parts are eager, if anything is compiled in this process;
     # after it those to choose the step, and the two ends of the difference.
     assert runs.count("backward") == 1
     assert runs.index("backward") in (1, 2)

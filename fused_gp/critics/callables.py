@@ -91,8 +91,7 @@ class Contents:
                 self._add(part, str(name))
             elif type(part) is FunctionType:
                 self.compiled |= hasattr(part, COMPILED)
-            elif deep and type(part) not in ATOMS and id(part) not in self._seen:
-                self._seen.add(id(part))
+            elif deep and type(part) not in ATOMS:
                 self._add_modules_in(part, False)
 
 

@@ -13,7 +13,7 @@ from torch.nn import Module
 MAX_ELEMENTS = 100  # longer containers are data
 COMPILED = "_torchdynamo_orig_callable"  # an attribute of functions that torch.compile has made
 NUMBERS = (int, float)
-ATOMS = (*NUMBERS, bool, str, NoneType, Tensor, torch.device, torch.dtype)
+ATOMS = frozenset((*NUMBERS, bool, str, NoneType, Tensor, torch.device, torch.dtype))
 
 
 class Contents:
@@ -87,11 +87,13 @@ class Contents:
     def _add_modules_in(self, owner: Any, deep: bool) -> None:
         """A trainer's critic may be exchanged for another, or be an attribute of an attribute."""
         for name, part in _parts(owner):
+            if type(part) in ATOMS:
+                continue
             if isinstance(part, Module):
                 self._add(part, str(name))
             elif type(part) is FunctionType:
                 self.compiled |= hasattr(part, COMPILED)
-            elif deep and type(part) not in ATOMS:
+            elif deep:
                 self._add_modules_in(part, False)
 
 

@@ -21,8 +21,7 @@ def refuse_static_graph(profile: CriticProfile) -> None:
 
 
 def refuse_sharded(profile: CriticProfile) -> None:
-    """FSDP's weights, kept by reshard_after_forward=False and set_reshard_after_backward(False), would get no gradient
-    even so: it reduces in the first backward, where there is none yet."""
+    """FSDP reduces in the first backward, where there is no gradient yet, even if it keeps the weights there."""
     if profile.sharded:
         raise NotTwiceDifferentiable(
             "FSDP, which frees the weights and reduces their gradients in the first backward, that of the input "

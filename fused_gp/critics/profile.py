@@ -77,8 +77,7 @@ class CriticProfile:
         return autocast, attention, *[root.training for root in _alive(self._roots)]
 
     def composition(self, arguments: Any) -> Hashable:
-        """The modules' types and modes, the parameters' types, the strings and bools among the arguments: all that may
-        make it another critic while it lives."""
+        """What makes it another critic: modules' types and modes, parameters' types, strings and bools it is given."""
         roots = self.roots()
         parts = [(type(part), part.training) for root in roots for part in root.modules()]
         words = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, (str, bool))]

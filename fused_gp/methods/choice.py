@@ -64,11 +64,12 @@ def _penalty_and_gradients(
 
 def _resolved(call: CriticCall, points: list[Tensor], critic: Critic, method: Method) -> str:
     """The method's name. What "auto" stands for with this critic is found by trying, once for each of its modes."""
+    if method.name not in ("auto", "compiled"):
+        return method.name
     device = points[0].device
-    known = critic.known and (method.name != "auto" or critic.profile.mode(device) in critic.profile.chosen)
-    if method.name in ("auto", "compiled") and not known:
+    if not critic.known or (method.name == "auto" and critic.profile.mode(device) not in critic.profile.chosen):
         call._replace(critic=critic.look).scores([x.detach().requires_grad_() for x in points])
-    if method.name != "auto":
+    if method.name == "compiled":
         return method.name
     mode, chosen = critic.profile.mode(device), critic.profile.chosen
     if mode not in chosen:

@@ -244,10 +244,24 @@ def compiled_in_place(net):
     return lambda x: trainer.critic.critic.critic(x)
 
 
+class Unregistered(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.blocks = [block]
+
+    def forward(self, x):
+        return self.blocks[0](x)
+
+
+def compiled_module(net):
+    return torch.compile(Unregistered(net), backend="eager")
+
+
 @pytest.mark.compiles
 @pytest.mark.parametrize("method", ["directional", "auto"])
 @pytest.mark.parametrize(
-    "build", [compiled_in_closure, compiled_in_a_global, compiled_in_an_attribute, compiled_in_place]
+    "build",
+    [compiled_in_closure, compiled_in_a_global, compiled_in_an_attribute, compiled_in_place, compiled_module],
 )
 def test_buffers_of_what_is_compiled(build, method):
     """From the first call on."""
@@ -256,3 +270,24 @@ def test_buffers_of_what_is_compiled(build, method):
     critic = build(net)
     for _ in range(2):
         assert_exact(critic, [net], method)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("build", [compiled_in_closure, compiled_in_a_global, compiled_in_an_attribute])
+def test_what_is_compiled_runs_no_more_often_than_needed(build):
+    """Eagerly in its first call alone, to be watched; from then on three times, compiled."""
+    torch._dynamo.reset()
+    eager = []
+
+    class Counting(nn.Linear):
+        def forward(self, x):
+            if not torch.compiler.is_compiling():
+                eager.append(x)
+            return super().forward(x)
+
+    net = nn.Sequential(Counting(4, 6), nn.SiLU(), nn.Linear(6, 1)).double()
+    critic = build(net)
+    for call in range(3):
+        fused_gradient_penalty(critic, doubles(5, 4), doubles(5, 4), method="directional")
+        assert bool(eager) == (call == 0)
+        eager.clear()

@@ -201,10 +201,13 @@ def test_critic_that_changes_its_input_is_refused():
     """The gradient would silently be that with respect to the changed input."""
     critic = nn.Sequential(nn.LeakyReLU(0.2, inplace=True), nn.Linear(4, 1))
     fake = torch.randn(3, 4, requires_grad=True)
-    with pytest.raises(ValueError, match="critic must leave its input as it is, got one that changes it in place"):
+    changed = "critic must leave its input as it is, got one that changes it in place: use inplace=False$"
+    with pytest.raises(ValueError, match=changed):
         fused_gradient_penalty(critic, torch.randn(3, 4), fake)
     with pytest.raises(RuntimeError, match="in-place"):  # torch's own error where no sample requires grad
         fused_gradient_penalty(critic, torch.randn(3, 4), fake.detach())
+    critic[0].inplace = False  # what the message names
+    assert fused_gradient_penalty(critic, torch.randn(3, 4), fake).isfinite()
 
 
 def test_tensors_of_the_caller_are_not_changed(batch):

@@ -122,9 +122,10 @@ def main(words: Sequence[str]) -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__)
     parser.parse_args(words)
-    if not results.committed()["cpu"]:
+    runs = results.committed()
+    if not runs["cpu"]:
         parser.error("there is no benchmarks/results/cpu.json, of which the pages are made: run `make bench` first")
-    for name, rows in results.committed().items():
+    for name, rows in runs.items():
         if rows:
             draw(results.COMMITTED / f"{name}.json")
     write()

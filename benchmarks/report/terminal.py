@@ -62,7 +62,7 @@ GAP = 2  # between columns
 
 def filled(table: Table) -> Table:
     """Without the columns in which nothing stands, as those of compiled implementations after a quick run."""
-    keep = [not table.rows or any(row[at] for row in table.rows) for at in range(len(table.headings))]
+    keep = [any(row[at] for row in table.rows) for at in range(len(table.headings))]
     headings, *rows = (list(compress(row, keep)) for row in [table.headings, *table.rows])
     return table._replace(headings=headings, rows=rows)
 

@@ -52,7 +52,7 @@ class Contents:
             elif kind in (list, tuple, dict):
                 self.signature.append(kind)
                 for name, part in _parts(thing):
-                    if type(part) in NUMBERS:
+                    if type(part) in NUMBERS:  # without a call for each: configurations hold many
                         self.signature.append(type(part))
                     else:
                         self._add(part, str(name))

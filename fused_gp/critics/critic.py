@@ -67,8 +67,8 @@ class Critic:
         return state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it, and watch it if this is its first run in this call; one that is compiled, once for all calls."""
-        if self._was_watched or (self.known and (self._contents or self.profile.watched) and self._is_compiled()):
+        """Run it, and watch it if this is its first run in this call."""
+        if self._was_watched:
             return self.function(*args, **kwargs)
         # What is new may be compiled somewhere; only a run from a state that is kept needs to know before.
         if self._is_compiled() or (DYNAMO in sys.modules and not self.known and self._buffers is not None):

@@ -2,7 +2,8 @@
 
 python -m benchmarks SUITE [SUITE ...] [options]
 python -m benchmarks compare A.json B.json
-python -m benchmarks report
+python -m benchmarks report [DIR]
+python -m benchmarks gpu [options]
 """
 
 import argparse
@@ -16,17 +17,19 @@ from unittest import mock
 
 import torch
 
-from benchmarks import intervals, results, runner, timing
+from benchmarks import checkout, intervals, results, runner, timing
 from benchmarks.cases import SUITES
 from benchmarks.cases.case import Case
+from benchmarks.gpu import command
 from benchmarks.report import compare, page, terminal
 from benchmarks.report.tables import tables
 
-COMMANDS = {"compare": compare.main, "report": page.main}
+COMMANDS = {"compare": compare.main, "report": page.main, "gpu": command.main}
 USAGE = """\
 python -m benchmarks SUITE [SUITE ...] [--device cpu] [--quick] [--only TEXT] [--rounds N] [--out DIR]
        python -m benchmarks compare A.json B.json
-       python -m benchmarks report"""
+       python -m benchmarks report [DIR]
+       python -m benchmarks gpu [--device cuda] [--budget S] [--out DIR]"""
 EPILOG = """\
 suites:
 {}
@@ -37,7 +40,8 @@ part, or with --quick or --only, goes to out/benchmarks/.
 
 other commands, with their own --help:
   compare     what changed between two runs beyond noise; ends with status 1 where it became worse
-  report      write pictures and pages from the committed runs"""
+  report      write pictures and pages from the committed runs; of a run of `gpu`, commit it first
+  gpu         everything of a device, in a few minutes: tests, ops, penalties, experiments"""
 QUICK_BUDGET = 1 / 3
 
 
@@ -90,7 +94,10 @@ def measure(options: argparse.Namespace, chosen: list[Case]) -> None:
             cases = [case for case in chosen if case.suite in suites]
             if not cases:
                 continue
-            whole = set(suites) <= set(options.suites) and not (options.quick or options.only)
+            # A device's committed run is that of `gpu`.
+            whole = set(suites) <= set(options.suites) and not (
+                options.quick or options.only or options.device != "cpu"
+            )
             folder = options.out or (results.COMMITTED if whole else results.UNCOMMITTED)
             path = folder / f"{file.format(device=options.device)}.json"
             unfinished = (options.out or results.UNCOMMITTED) / f"{path.stem}.unfinished.json"
@@ -111,6 +118,7 @@ def measure(options: argparse.Namespace, chosen: list[Case]) -> None:
 
 
 def main(words: Sequence[str]) -> int:
+    checkout.find_kernels()
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
     measure(*parse(words))

@@ -7,6 +7,17 @@ SNIPPET, TIDY = "snippet", "tidy"
 COMPILED_CALL, COMPILED_OPS = "torch.func, compiled", "snippet, compiled"
 USUAL = "usual"  # of the systems: the lines as their users write them
 
+RUN = "run.json"  # of `make gpu`: how far it has come
+TODAY = "as today"  # in an experiment: what is there, to which other ways are compared
+
+# What is to come, and why it is not timed yet.
+FLASH, GROUPED, GRAPH = "fused_gp, flash attention", "fused_gp, own convolution", "fused_gp, CUDA graph"
+PLANNED = {
+    FLASH: "does not exist yet: the second derivative of fused attention",
+    GROUPED: "does not exist yet: the second derivative of convolution",
+    GRAPH: "does not exist yet: the whole penalty as one CUDA graph",
+}
+
 COPIES = "plain copies"
 TWO_OPS = "the two ops alone"
 NO_PENALTY = "no penalty"

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import torch
 
+CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+
 
 def provenance(device: str) -> dict[str, str | float]:
-    return {
+    driver: dict[str, str | float] = (
+        {} if device == "cpu" else {"driver": _nvidia_smi("driver_version").get("driver_version", "unknown")}
+    )
+    return driver | {
         "device": device,
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "numpy", "fused_gp"))
         + f", Python {platform.python_version()}",
@@ -28,6 +33,20 @@ def machine(device: str) -> str:
     names = [line.split(":")[1] for line in cpus.read_text().splitlines() if line.startswith("model name")]
     name = names[0].strip() if names else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def clocks(device: str) -> dict[str, str]:
+    """Of a device, now; none where nothing tells them."""
+    return {} if device == "cpu" else _nvidia_smi(*CLOCKS)
+
+
+def _nvidia_smi(*fields: str) -> dict[str, str]:
+    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        line = subprocess.run(words, check=True, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in line.split(",")), strict=False))
 
 
 def commit() -> str:

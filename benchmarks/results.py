@@ -12,14 +12,21 @@ FILES = {
     "{device}": ("ops", "penalties", "training"),
     "{device}_methods": ("methods",),
     "{device}_systems": ("systems",),
+    "{device}_experiments": ("experiments",),
     "host": ("host",),
 }
 
 
-def save(path: Path, rows: list[dict[str, Any]]) -> None:
+def save(path: Path, rows: list[dict[str, Any]], **about: Any) -> None:
+    """The rows, and before them what is said of the run. The file is there as a whole at every moment: a run that is
+    killed leaves this one or the last.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
-    path.write_text(f'{{"rows": [\n{lines}\n]}}\n')
+    said = "".join(f"{json.dumps(name)}: {json.dumps(_rounded(value))},\n" for name, value in about.items())
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(f'{{{said}"rows": [\n{lines}\n]}}\n')
+    unfinished.replace(path)
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -28,11 +35,20 @@ def load(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def load_about(path: Path) -> dict[str, Any]:
+    """What is said of the run."""
+    return {name: value for name, value in json.loads(path.read_text()).items() if name != "rows"}
+
+
 def committed() -> dict[str, list[dict[str, Any]]]:
-    """The rows of the committed runs, by the name of the file; none where there is no file."""
-    names = [name.format(device=device) for device in ("cpu", "cuda") for name in FILES]
-    paths = {name: COMMITTED / f"{name}.json" for name in names}
+    """The rows of the committed runs on CPUs, by the name of the file; none where there is no file."""
+    paths = {name: COMMITTED / f"{name}.json" for name in (name.format(device="cpu") for name in FILES)}
     return {name: load(path) if path.exists() else [] for name, path in paths.items()}
+
+
+def devices() -> dict[str, Path]:
+    """The committed runs of `gpu`, by the name of the device."""
+    return {path.stem: path for path in sorted(COMMITTED.glob("*.json")) if path.stem not in committed()}
 
 
 def _rounded(value: Any) -> Any:

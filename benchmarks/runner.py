@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import intervals, peak_memory, progress, provenance, results, timing
+from benchmarks import cold, intervals, launches, memory, peak_memory, progress, provenance, results, timing
 from benchmarks.cases.bytes_moved import copy_bandwidth
-from benchmarks.cases.case import Case
-from benchmarks.correctness import CorrectnessCheck
+from benchmarks.cases.case import Case, Step
+from benchmarks.correctness import CorrectnessCheck, first_line
 from benchmarks.names import TWO_OPS
 from benchmarks.timing import Timing
 
@@ -35,27 +35,39 @@ def run(cases: list[Case], device: str, budget: float, rounds: int | None, unfin
     return rows
 
 
-def measure(case: Case, device: str, budget: float, rounds: int | None, copy_gb_s: float | None) -> list[Row]:
+def measure(
+    case: Case, device: str, budget: float, rounds: int | None, copy_gb_s: float | None,
+    least: int = timing.ROUNDS[0], keep_going: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Of one case; with `keep_going` what fails is a row that says so, ours too."""
     if not case.timed:
         machine = {"machine": provenance.machine(device)}
         return [case.about | {"implementation": name} | machine for name in case.implementations()]
     torch._dynamo.reset()  # no case's graphs count against another's
     with case.prepared(device) as inputs:
-        check = CorrectnessCheck(case, inputs, device)
+        check = CorrectnessCheck(case, inputs, device, keep_going)
         entered = {name: check.enter(name, make) for name, make in case.implementations().items()}
         steps = {name: step for name, (step, _) in entered.items() if step}
         rows = [row for _, row in entered.values()]
         baselines = case.baselines(inputs)
         rows += [case.about | {"implementation": name} for name in baselines]
         steps |= baselines
-        number, timings = timing.interleaved(steps, device, budget, rounds, case.clock)
+        replays, uncaptured = _replays(case, inputs, check, steps, device)
+        for row in rows:
+            if row["implementation"] in uncaptured:
+                row["failed"] = uncaptured[row["implementation"]]
+                del steps[row["implementation"]]
+        number, timings = timing.interleaved(steps, device, budget, rounds, case.clock, replays, least)
+        clocks = {} if device == "cpu" else {"clocks": provenance.clocks(device)}
+        launched = _launches(steps) if device != "cpu" else {}
         for row in rows:
             row["machine"] = provenance.machine(device)
             name = row["implementation"]
             if name in timings:
                 row |= {"rounds": len(timings[name]), "steps": number[name], **_times(name, timings, case, device)}
                 if device != "cpu":
-                    row["launches"] = _launches(steps[name])
+                    row |= clocks | launched.get(name, {})
+                    row["peak_mb"] = memory.peak(steps[name], device) / 1e6
                 moved = case.bytes_moved()
                 if moved is not None:
                     busy = row["ms" if device == "cpu" else "device_ms"][0]
@@ -81,19 +93,41 @@ def _times(name: str, timings: dict[str, list[Timing]], case: Case, device: str)
     return row | {f"device, over {base}": ratio(base, "device") for base in bases}
 
 
-def _launches(step: Callable[[], object]) -> int:
-    """Kernels, copies and fills on the device."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+def _replays(
+    case: Case, inputs: Any, check: CorrectnessCheck, steps: dict[str, Step], device: str
+) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+    """Of a case whose device time is taken from inputs in no cache; and what could not be captured, and why."""
+    copies = case.copies(inputs, device)
+    if not copies:
+        return {}, {}
+    baselines = [case.baselines(each) for each in copies]
+    found, failed = {}, {}
+    for name in steps:
+        of = check.implementations.get(name)
+        on_copies = [case.enter(of, each).step for each in copies] if of else [each[name] for each in baselines]
+        try:
+            found[name] = cold.replays(on_copies, device)
+        except RuntimeError as error:
+            failed[name] = f"not captured in a CUDA graph: {first_line(error)}"
+    return found, failed
+
+
+def _launches(steps: dict[str, Step]) -> dict[str, Row]:
+    """A profiler that does not work here costs these columns, not the times beside them."""
+    try:
+        return launches.of(steps)
+    except RuntimeError as error:
+        return {name: {"not_counted": first_line(error)} for name in steps}
 
 
 def add_peaks(rows: list[Row], cases: list[Case], device: str) -> Iterator[Row]:
-    """Peak memory, of the cases that ask for it; yields each row that has it now.
+    """Peak memory on a CPU, of the cases that ask for it; yields each row that has it now. On a device torch's
+    allocator tells it beside the times.
 
-    Nothing is timed meanwhile, so two processes at once do no harm, except on a device, whose memory they share.
+    Nothing is timed meanwhile, so two processes at once do no harm.
     """
+    if device != "cpu":
+        return
     jobs = [
         (case, row)
         for case in cases
@@ -103,8 +137,8 @@ def add_peaks(rows: list[Row], cases: list[Case], device: str) -> Iterator[Row]:
         and ("ms" in row or not case.timed)
         and row["implementation"] != TWO_OPS
     ]
-    with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
-        waiting = [(row, pool.submit(peak_memory.peak_mb, case, row["implementation"], device)) for case, row in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [(row, pool.submit(peak_memory.peak_mb, case, row["implementation"])) for case, row in jobs]
         labels = (f"memory: {case.key}, {row['implementation']}" for case, row in jobs)
         for row, peak in progress.track(list(zip(labels, waiting, strict=True))):
             row["peak_mb"] = peak.result()

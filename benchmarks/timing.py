@@ -1,9 +1,11 @@
 """Time steps, interleaved."""
 
+import gc
 import random
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ Step = Callable[[], object]
 
 SHORTEST_TIMING = 2e-3  # seconds: far above the clock's resolution
 ROUNDS = (9, 101)  # at least, at most
+LONGEST_QUEUE = 0.1  # seconds: the host puts even thousands of launches into a queue in that time
 CYCLES_PER_SECOND = 2e9  # of the fastest clocks; on slower ones the device only stays busy for longer
 
 
@@ -37,9 +40,12 @@ def seconds(step: Step, device: str, steps: int = 1, clock: Clock = time.perf_co
     return (clock() - start) / steps
 
 
-def timing(step: Step, device: str, steps: int, clock: Clock = time.perf_counter) -> Timing:
-    """The device's own time is that between two events on its stream, and has gaps wherever the host is slower. So the
-    device is kept busy until all the work is in its queue; meanwhile the host does not wait either.
+def timing(
+    step: Step, device: str, steps: int, clock: Clock = time.perf_counter, replay: Callable[[], float] | None = None
+) -> Timing:
+    """The device's own time is that of `replay`, where there is one. Else it is that between two events on its stream,
+    and has gaps wherever the host is slower. So the device is kept busy until all the work is in its queue; meanwhile
+    the host does not wait either.
     """
     faults = _page_faults()
     total = seconds(step, device, steps, clock)
@@ -48,7 +54,7 @@ def timing(step: Step, device: str, steps: int, clock: Clock = time.perf_counter
         return Timing(total, None, None, fresh)
     module = torch.get_device_module(device)
     begin, end = (module.Event(enable_timing=True) for _ in range(2))
-    module._sleep(int(2 * total * steps * CYCLES_PER_SECOND))
+    module._sleep(int(min(2 * total * steps, LONGEST_QUEUE) * CYCLES_PER_SECOND))
     begin.record()
     start = time.perf_counter()
     for _ in range(steps):
@@ -56,31 +62,48 @@ def timing(step: Step, device: str, steps: int, clock: Clock = time.perf_counter
     host = time.perf_counter() - start
     end.record()
     module.synchronize()
-    return Timing(total, host / steps, 1e-3 * begin.elapsed_time(end) / steps, fresh)
+    busy = 1e-3 * begin.elapsed_time(end) / steps if replay is None else replay()
+    return Timing(total, host / steps, busy, fresh)
 
 
 def interleaved(
-    steps: Mapping[str, Step], device: str, budget: float, rounds: int | None = None, clock: Clock = time.perf_counter
-) -> tuple[dict[str, int], dict[str, list[Timing]]]:
+    steps: Mapping[str, Step], device: str, budget: float, rounds: int | None = None, clock: Clock = time.perf_counter,
+    replays: Mapping[str, Callable[[], float]] | None = None, least: int = ROUNDS[0],
+) -> tuple[dict[str, int], dict[str, list[Timing]]]:  # fmt: skip
     """Rounds of one timing of each, in random order, for about `budget` seconds: a change of the machine's speed
     affects all, and none always runs after the same other one.
 
     A timing takes as many steps as fill SHORTEST_TIMING: with one number for all, the fastest, such as the two ops
-    alone, would make a slow critic run dozens of steps. Returns these numbers, and the timings.
+    alone, would make a slow critic run dozens of steps. Returns these numbers, and the timings. `replays` are those of
+    `cold`, by which the device's own time is taken.
     """
     number = {name: _steps(step, device, clock) for name, step in steps.items()}
     names = list(steps)
     order = random.Random(0)
     timings: dict[str, list[Timing]] = {name: [] for name in names}
     start = time.perf_counter()
-    least, most = ROUNDS if rounds is None else (rounds, rounds)
-    for done in range(most):
-        if done >= least and time.perf_counter() - start > budget:
-            break
-        order.shuffle(names)
-        for name in names:
-            timings[name].append(timing(steps[name], device, number[name], clock))
+    least, most = (least, ROUNDS[1]) if rounds is None else (rounds, rounds)
+    with _no_garbage_collection():
+        for done in range(most):
+            if done >= least and time.perf_counter() - start > budget:
+                break
+            order.shuffle(names)
+            for name in names:
+                timings[name].append(timing(steps[name], device, number[name], clock, (replays or {}).get(name)))
     return number, timings
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Of cycles, in the middle of a step; between cases it runs."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _steps(step: Step, device: str, clock: Clock) -> int:

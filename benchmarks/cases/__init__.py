@@ -5,8 +5,9 @@ A new suite is also named in `results.FILES`, and in `tables.OF_SUITE` of the re
 
 from types import ModuleType
 
-from . import host, methods, ops, penalties, systems, training
+from . import experiments, host, methods, ops, penalties, systems, training
 
 SUITES: dict[str, ModuleType] = {
     "ops": ops, "penalties": penalties, "training": training, "methods": methods, "systems": systems, "host": host,
+    "experiments": experiments,
 }  # fmt: skip

@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -47,6 +47,10 @@ class Case(ABC):
     timed: bool = True  # or peak memory alone
     quick: bool = False  # one of --quick
     clock: Clock = time.perf_counter
+    only: tuple[str, ...] = ()  # these implementations alone
+    tiny: dict[str, Any] = field(
+        default_factory=dict
+    )  # what a rehearsal changes, to take no time; without it, it has no such case
 
     @property
     def key(self) -> str:
@@ -58,9 +62,14 @@ class Case(ABC):
         dtype = str(self.dtype).removeprefix("torch.")
         return {"suite": self.suite, "case": self.name, "shape": list(self.shape), "dtype": dtype}
 
+    def at_tiny_size(self) -> "Case":
+        return replace(self, **self.tiny)
+
     def implementations(self) -> dict[str, Make]:
         return {
-            name: make for name, make in self.all_implementations().items() if self.compiling or "compiled" not in name
+            name: make
+            for name, make in self.all_implementations().items()
+            if (self.compiling or "compiled" not in name) and (not self.only or name in self.only)
         }
 
     @abstractmethod
@@ -88,7 +97,7 @@ class Case(ABC):
     def reference_implementation(self) -> Implementation:
         return plain_autograd()
 
-    def tolerance(self, device: str) -> float:
+    def tolerance(self, device: str, implementation: Implementation) -> float:
         return HALF_TOLERANCES.get(self.dtype, self.fp32_tolerances[device != "cpu"])
 
     @abstractmethod
@@ -98,6 +107,10 @@ class Case(ABC):
     def baselines(self, inputs: Any) -> dict[str, Step]:
         """Other work that is timed in the same rounds, to tell how much could be won."""
         return {}
+
+    def copies(self, inputs: Any, device: str) -> list[Any]:
+        """The inputs and copies of them, on a device whose own time is taken from inputs that are in no cache."""
+        return []
 
     def bytes_moved(self) -> int | None:
         """By the step at least, where that is known."""

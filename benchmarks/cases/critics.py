@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 
-def mlp(inputs: int, width: int = 512) -> nn.Sequential:
-    """Three hidden layers, as in the WGAN-GP paper's toy problems."""
-    hidden = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.ReLU(), nn.Linear(width, 1))
+def mlp(inputs: int, width: int = 512, hidden: int = 3) -> nn.Sequential:
+    """Three hidden layers, as in the WGAN-GP paper's toy problems, or two of 1024, as imitation learning has them."""
+    widths = [inputs, *[width] * hidden]
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, 1))
 
 
 def dcgan(
@@ -57,6 +58,33 @@ def spectral_resnet(width: int = 128) -> nn.Sequential:
     return resnet(width, spectral_norm)
 
 
+class GroupedResidual(nn.Module):
+    """R3GAN's block: a convolution in groups of 16 channels, between two that widen and narrow it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        wide = 2 * width
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, wide, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(wide, wide, 3, padding=1, groups=wide // 16), nn.LeakyReLU(0.2),
+            nn.Conv2d(wide, width, 1, bias=False),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def grouped(size: int = 64, width: int = 48, widest: int = 192) -> nn.Sequential:
+    """R3GAN's critic, narrowed four times: two blocks a level down to 4 x 4, and a depthwise convolution at the end."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 1)]
+    for _ in range(size.bit_length() - 3):
+        wider = min(2 * width, widest)
+        layers += [GroupedResidual(width), GroupedResidual(width), nn.AvgPool2d(2), nn.Conv2d(width, wider, 1)]
+        width = wider
+    layers += [GroupedResidual(width), GroupedResidual(width), nn.Conv2d(width, width, 4, groups=width)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 1))
+
+
 class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -73,12 +101,12 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """64 x 64 images in patches of 4 x 4."""
+    """Images in patches of 4 x 4: 64 x 64 are 256 tokens."""
 
-    def __init__(self, width: int = 256, depth: int = 4, heads: int = 16) -> None:
+    def __init__(self, width: int = 256, depth: int = 4, heads: int = 16, tokens: int = 256) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
-        self.places = nn.Parameter(0.02 * torch.randn(256, width))
+        self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 

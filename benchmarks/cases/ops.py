@@ -1,7 +1,7 @@
 """The two ops by themselves: forward, forward and backward, and through the double backward."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import cold
 from benchmarks.cases import bytes_moved as bytes_
 from benchmarks.cases.bytes_moved import BytesMoved, together
 from benchmarks.cases.case import Case, Entry, Make, Step
@@ -20,6 +21,10 @@ MNIST, FACES, LARGE = (64, 784), (64, 3, 64, 64), (64, 3, 256, 256)
 # Rows of a plane, of MNIST at batches of 1 to 4096, of images up to 256 x 256.
 SIZES = [(2, 4), (4096, 2), (1, 784), MNIST, (4096, 784), (64, 3, 32, 32), FACES, (64, 3, 128, 128), LARGE]
 HALVES = (torch.bfloat16, torch.float16)
+
+
+# On a device, whose first minutes are short, the peers that must be compiled take part in these alone.
+COMPILED_SIZES = (MNIST, FACES, LARGE)
 
 
 class Inputs(NamedTuple):
@@ -117,6 +122,12 @@ class OpCase(Case):
     def exact(self, inputs: Inputs) -> Inputs:
         return Inputs(*(t.double() for t in inputs))
 
+    def copies(self, inputs: Inputs, device: str) -> list[Inputs]:
+        if device == "cpu":
+            return []
+        number = cold.copies_needed(sum(t.nbytes for t in inputs), device)
+        return [inputs, *(Inputs(*(t.clone() for t in inputs)) for _ in range(number - 1))]
+
     def enter(self, implementation: Implementation, inputs: Inputs) -> Entry:
         step = partial(OPS[self.name].step, implementation, inputs)
         return Entry(step, step)
@@ -129,10 +140,25 @@ class OpCase(Case):
 
 
 def cases(device: str) -> list[Case]:
-    """Sizes that are for devices only would take a CPU too long."""
-    sizes = SIZES if device == "cpu" else [*SIZES, (256, *LARGE[1:])]
+    """Sizes that are for devices only would take a CPU too long. A device's cases stand in the order of their worth."""
+    singles = [name for name in OPS if name != BOTH]
+    if device == "cpu":
+        return [
+            *(OpCase(BOTH, size, memory=size == LARGE, quick=size in (MNIST, FACES)) for size in SIZES),
+            *(OpCase(BOTH, size, dtype) for dtype in HALVES for size in (MNIST, FACES, LARGE)),
+            *(OpCase(name, size) for name in singles for size in (MNIST, FACES, LARGE)),
+        ]
+    larger = (256, *LARGE[1:])
+    chosen = [
+        *(OpCase(BOTH, size) for size in (LARGE, MNIST, FACES, larger)),
+        *(OpCase(name, LARGE) for name in singles),
+        *(OpCase(BOTH, size, torch.bfloat16) for size in (LARGE, FACES)),
+        *(OpCase(BOTH, size) for size in SIZES if size not in COMPILED_SIZES),
+        *(OpCase(name, size) for size in (MNIST, FACES) for name in singles),
+        *(OpCase(BOTH, size, torch.float16) for size in (LARGE, FACES)),
+        OpCase(BOTH, MNIST, torch.bfloat16),
+    ]
     return [
-        *(OpCase(BOTH, size, memory=size == LARGE, quick=size in (MNIST, FACES)) for size in sizes),
-        *(OpCase(BOTH, size, dtype) for dtype in HALVES for size in (MNIST, FACES, LARGE)),
-        *(OpCase(name, size) for name in OPS if name != BOTH for size in (MNIST, FACES, LARGE)),
+        replace(case, compiling=case.shape in COMPILED_SIZES, tiny={"shape": tuple(min(at, 5) for at in case.shape)})
+        for case in chosen
     ]

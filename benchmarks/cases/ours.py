@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from benchmarks.names import OURS
-from benchmarks.peers import Implementation
+from benchmarks.names import OURS, PLANNED
+from benchmarks.peers import Absent, Implementation
 from fused_gp import fused_gradient_penalty, gradient_norm_penalty, interpolate, reference
 
 
@@ -41,3 +41,12 @@ def name(**options: Any) -> str:
 
 def implementations(*every: dict[str, Any]) -> dict[str, Callable[[], Implementation]]:
     return {name(**options): ours(**options) for options in every}
+
+
+def planned(*ways: str) -> dict[str, Callable[[], Implementation]]:
+    """Of `names.PLANNED`: each stands among the rows, as what was not timed."""
+
+    def missing(way: str) -> Implementation:
+        raise Absent(PLANNED[way])
+
+    return {way: partial(missing, way) for way in ways}

@@ -32,6 +32,10 @@ class CaseRows(NamedTuple):
         return any("ms" in row for row in self.rows.values())
 
     @property
+    def on_device(self) -> bool:
+        return any(row["device"] != "cpu" for row in self.rows.values())
+
+    @property
     def has_memory(self) -> bool:
         """Whether its peak memory was measured."""
         return any("peak_mb" in row for row in self.rows.values())

@@ -1,4 +1,8 @@
-"""Pictures, docs/benchmarks.md and the README's numbers, made of the runs committed in benchmarks/results/."""
+"""Pictures, docs/benchmarks.md and the README's numbers, made of the runs committed in benchmarks/results/.
+
+With the folder that `python -m benchmarks gpu` has left, its run is committed there first, by the device's name. Of a
+rehearsal on a CPU the same is made in a folder `report` beside its files, and nothing is committed.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -6,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.report import readme
+from benchmarks.names import RUN
+from benchmarks.report import device_run, readme
 from benchmarks.report.case_rows import Row, by_case
+from benchmarks.report.device_run import DeviceRun
 from benchmarks.report.readme import UNMEASURED
 from benchmarks.report.tables import Table, table, tables
 
@@ -34,19 +40,43 @@ machine. `python -m benchmarks compare A.json B.json` says what changed between 
 - **Bytes moved.** Each op has to move so many bytes ([the model](../benchmarks/cases/bytes_moved.py)). GB/s are these
   over the time, "of copying" is the share of what a large copy reached in the same run (batches in cache may exceed
   it), and "plain copies" copy as many bytes into freshly allocated tensors.
-- Peak memory is that of one step in a process of its own. The first call, which compiles, is not part of any time.
+- Peak memory is that of one step, on a CPU in a process of its own. The first call, which compiles, is not part of any
+  time.
+- **On a GPU**, where `make gpu` measures, an op's own time on the device is that of one replay of a CUDA graph of many
+  calls, over copies of the inputs that together are three times the cache; a penalty's is that between two events
+  around work that is all in the queue. The host's time is that of putting it there.
 """
+REHEARSAL = (
+    "**This is a rehearsal of `make gpu` on a CPU, at tiny sizes: it shows that the command works. None of its numbers "
+    "is a measurement.**\n"
+)
 
 
-def page(runs: Runs) -> str:
-    parts = [HEAD]
-    for name, device in (("CPU", "cpu"), ("GPU", "cuda")):
-        parts.append(f"## {name}\n")
-        if not runs[device]:
-            parts.append(f"{UNMEASURED}\n" if name == "GPU" else "Not measured yet.\n")
-        for file in (device, f"{device}_methods", f"{device}_systems", *(["host"] if name == "GPU" else [])):
-            parts += section(file, runs[file])
+def page(runs: Runs, devices: dict[str, DeviceRun]) -> str:
+    parts = [HEAD, "## CPU\n"]
+    if not runs["cpu"]:
+        parts.append("Not measured yet.\n")
+    for file in ("cpu", "cpu_methods", "cpu_systems"):
+        parts += section(file, runs[file])
+    parts.append("## GPU\n")
+    if not devices:
+        parts.append(f"{UNMEASURED}\n")
+    parts += section("host", runs["host"])
+    for file, run in devices.items():
+        parts += of_device(file, run)
     return "\n".join(parts)
+
+
+def of_device(file: str, run: DeviceRun) -> list[str]:
+    """What `gpu` found on it."""
+    parts = [
+        f"## {run.machine}\n",
+        *([REHEARSAL] if run.dry else []),
+        f"{provenance([run.about])}{copying(run.rows)}\n",
+    ]
+    if run.rows:
+        parts.append(f"![The tables below as pictures](../benchmarks/results/{file}.png)\n")
+    return parts + [titled(table) for table in [*device_run.tables(run), *tables(run.rows)] if table.rows]
 
 
 def section(file: str, rows: list[Row]) -> list[str]:
@@ -92,8 +122,8 @@ def first_calls(rows: list[Row]) -> Table:
 
 
 def picture(file: str) -> bool:
-    """Whether pictures are drawn of this file's run."""
-    return file in ("cpu", "cuda")
+    """Whether pictures are drawn of this file's run: of a device's, and of the suites that go with it on a CPU."""
+    return file not in {name.format(device="cpu") for name in results.FILES} - {"cpu"}
 
 
 def draw(path: Path) -> None:
@@ -111,22 +141,49 @@ def draw(path: Path) -> None:
         print("no pictures: they are of fp32, of the two ops together and of critics")
 
 
+def committed_devices() -> dict[str, DeviceRun]:
+    return {name: device_run.saved(path) for name, path in results.devices().items()}
+
+
 def write() -> None:
-    runs = results.committed()
-    PAGE.write_text(page(runs))
-    README.write_text(readme.readme(README.read_text(), runs))
+    runs, devices = results.committed(), committed_devices()
+    PAGE.write_text(page(runs, devices))
+    README.write_text(readme.readme(README.read_text(), runs, devices))
     print(f"pages: {PAGE.relative_to(ROOT)}, {README.name}")
 
 
 def main(words: Sequence[str]) -> int:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser("python -m benchmarks report", description=__doc__)
-    parser.parse_args(words)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what `python -m benchmarks gpu` has left")
+    options = parser.parse_args(words)
+    if options.folder is not None:
+        if not (options.folder / RUN).exists():
+            parser.error(f"{options.folder} holds no run of `python -m benchmarks gpu`: there is no {RUN}")
+        run = device_run.load(options.folder)
+        if run.dry:
+            rehearse(run, options.folder / "report")
+            return 0
+        run.save(results.COMMITTED / f"{run.name}.json")
+        print(f"run: {results.COMMITTED / run.name}.json")
     runs = results.committed()
     if not runs["cpu"]:
         parser.error("there is no benchmarks/results/cpu.json, of which the pages are made: run `make bench` first")
-    for name, rows in runs.items():
-        if rows:
-            draw(results.COMMITTED / f"{name}.json")
+    for name in [*(name for name, rows in runs.items() if rows), *results.devices()]:
+        draw(results.COMMITTED / f"{name}.json")
     write()
     return 0
+
+
+def rehearse(run: DeviceRun, folder: Path) -> None:
+    """The same as for a device, and marked: not where the committed runs are."""
+    path = folder / "rehearsal.json"
+    run.save(path)
+    draw(path)
+    nothing: Runs = {name: [] for name in results.committed()}
+    text = page(nothing, {path.stem: run}).replace(f"../benchmarks/results/{path.stem}.png", f"{path.stem}.png")
+    (folder / PAGE.name).write_text(f"{REHEARSAL}\n{text}")
+    (folder / README.name).write_text(f"{REHEARSAL}\n{readme.numbers([], {path.stem: run})}")
+    print(f"rehearsed pages: {folder / PAGE.name}, {folder / README.name}")

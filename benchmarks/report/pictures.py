@@ -17,18 +17,22 @@ PEERS = {
     SNIPPET: "#003f5c", "norm(2, 1)": "#2f6c8f", TIDY: "#5aa9c9", "TF-GAN": "#7a9e7e", "torch.func": "#8f6fb1",
     COMPILED_CALL: "#c9a227", COMPILED_OPS: "#d98032", "ctgan": "#a0a0a0",
 }  # fmt: skip
+MOST_PEAKS = 4  # panels of peak memory, those with the most
+
 COLOURS = {OURS: "#d1495b", COMPILED: "#8c1c13", COPIES: "#000000"} | PEERS
 
 
 def draw(rows: list[Row], path: Path) -> bool:
     """Whether any of the rows are such that a picture shows."""
     every = by_case(rows)
+    every = [case for case in every if case.suite != "experiments"]
     one = [case for case in every if case.dtype == "float32" and (case.suite != "ops" or case.name == BOTH)]
     ops = [case for case in one if case.suite == "ops"]
     calls = [case for case in one if case.suite != "ops"]
     if not one:
         return False
-    has_memory = [case for case in every if case.has_memory]
+    has_memory = [case for case in every if case.has_memory and not (case.on_device and case.suite == "ops")]
+    has_memory = sorted(has_memory, key=largest_peak, reverse=True)[:MOST_PEAKS]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])
@@ -49,6 +53,10 @@ def draw(rows: list[Row], path: Path) -> bool:
     figure.savefig(path, dpi=90)
     plt.close(figure)
     return True
+
+
+def largest_peak(case: CaseRows) -> float:
+    return max(row.get("peak_mb", 0.0) for row in case.rows.values())
 
 
 def ratios(axes: Axes, some: list[CaseRows], title: str) -> None:

@@ -1,7 +1,10 @@
 """The parts of the README that are numbers, between markers."""
 
+from math import inf
+
 from benchmarks.names import BOTH, OURS, SNIPPET, is_ours, is_peer
-from benchmarks.report.case_rows import CaseRows, Row, by_case, interval, span
+from benchmarks.report.case_rows import CaseRows, Row, by_case, interval, inverse, span
+from benchmarks.report.device_run import DeviceRun
 from benchmarks.report.slower_cases import slower_cases
 from benchmarks.report.tables import TINY, extremes, methods, table
 
@@ -15,10 +18,10 @@ def begin(name: str) -> str:
     return f"<!-- {name}: written by python -m benchmarks report -->"
 
 
-def readme(text: str, runs: dict[str, list[Row]]) -> str:
+def readme(text: str, runs: dict[str, list[Row]], devices: dict[str, DeviceRun]) -> str:
     parts = {
         "methods": of_methods(runs["cpu_methods"]),
-        "numbers": numbers(runs["cpu"], runs["cuda"]),
+        "numbers": numbers(runs["cpu"], devices),
         "systems": of_systems(runs["cpu_systems"]),
     }
     for name, part in parts.items():
@@ -32,30 +35,52 @@ def measured_on(rows: list[Row]) -> str:
     return f"Measured on {row['machine']} ({row['versions'].split(',')[0]}, commit {row['commit']})"
 
 
-def numbers(cpu: list[Row], cuda: list[Row]) -> str:
-    """The two ops against the snippet, and against the fastest of the peers."""
+def numbers(cpu: list[Row], devices: dict[str, DeviceRun]) -> str:
+    """The two ops against the snippet, and against the fastest of the peers; on a device whole penalties, too."""
     parts = []
-    for rows in filter(None, (cpu, cuda)):
+    for rows in filter(None, (cpu, *(run.rows for run in devices.values()))):
         cases = by_case(rows)
         chosen = [case for case in cases if case.suite == "ops" and case.name == BOTH and case.dtype == "float32"]
         parts.append(
             f"{measured_on(rows)}: the interpolation, and the penalty forward and backward, in fp32; the peer's time "
             f"divided by ours, with the 95 % interval of the median.\n\n"
-            f"{table('', '', [against_peers(case) for case in chosen]).markdown()}\n"
-            f"{PAGE} has all peers, critics, types and sizes, training steps, memory, and the "
+            f"{table('', '', list(filter(None, map(against_peers, chosen)))).markdown()}\n"
+            f"{whole_penalties(cases)}{PAGE} has all peers, critics, types and sizes, training steps, memory, and the "
             f"{sum(1 for _ in slower_cases(cases))} comparisons that a peer wins.\n"
         )
-    if not cuda:
+    if not devices:
         parts.append(
             f"{UNMEASURED} The kernels are compiled for NVIDIA sm_75 to sm_120 and AMD gfx90a, gfx942\n"
             "and gfx1100 in the tests, where what comes out is compared with a budget, and run there under Triton's\n"
-            "interpreter; `make test-gpu` runs the same tests on a device, and `make bench-gpu` measures it.\n"
+            "interpreter; `make gpu` runs the same tests on a device and measures it, in seven minutes.\n"
         )
     return "\n".join(parts)
 
 
+def whole_penalties(cases: list[CaseRows]) -> str:
+    """On a device: by hand, and by the fastest of our ways."""
+    rows = []
+    for case in cases:
+        ours = [name for name, row in case.rows.items() if is_ours(name) and f"over {SNIPPET}" in row]
+        if case.suite == "penalties" and ours and "ms" in case.rows.get(SNIPPET, {}):
+            fastest = min(ours, key=lambda name: case.value(name, f"over {SNIPPET}") or inf)
+            rows.append(
+                {
+                    "critic": case.label, "by hand, ms": case.time(SNIPPET), "MB": case.peak(SNIPPET),
+                    "our fastest way": fastest, "ms": case.time(fastest), "its MB": case.peak(fastest),
+                    "by hand / ours": interval(inverse(case.rows[fastest][f"over {SNIPPET}"])),
+                }
+            )  # fmt: skip
+    if not rows:
+        return ""
+    return f"The whole penalty and its backward to the weights:\n\n{table('', '', rows).markdown()}\n"
+
+
 def against_peers(case: CaseRows) -> dict[str, str]:
-    found = {name: row[f"over {OURS}"] for name, row in case.rows.items() if is_peer(name) and "ms" in row}
+    over = f"over {OURS}"
+    found = {name: row[over] for name, row in case.rows.items() if is_peer(name) and over in row}
+    if not found:
+        return {}
     fastest = min(found, key=lambda name: found[name][0])
     return {
         "shape": case.size, "the lines above / ours": case.ratio(SNIPPET),

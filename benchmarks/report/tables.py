@@ -78,6 +78,8 @@ def ops(cases: list[CaseRows]) -> list[Table]:
 
 
 def penalties(cases: list[CaseRows]) -> list[Table]:
+    if any("device_ms" in row for case in cases for row in case.rows.values()):
+        return [ways(cases)]
     rows = [
         {
             "critic": case.name, "shape": case.size, "type": case.dtype, **times(case), **compiled(case),
@@ -90,6 +92,55 @@ def penalties(cases: list[CaseRows]) -> list[Table]:
         "how much of our time the two ops take: fusing them can save no more than that."
     )
     return [table("The whole penalty: the call with a critic, and its backward to the weights", note, rows)]
+
+
+def ways(cases: list[CaseRows]) -> Table:
+    """On a device, where each critic is penalised by hand and by every way of ours that serves it."""
+    rows = [
+        {
+            "critic": case.label, "way": name, "ms": case.time(name),
+            "by hand / way": interval(inverse(row[f"over {SNIPPET}"])) if f"over {SNIPPET}" in row else "",
+            "device, ms": case.time(name, "device_ms"), "launches": case.number(name, "launches", str),
+            "busy, ms": case.time(name, "busy_ms"), "peak MB": case.peak(name),
+            "error": case.number(name, "error", "{:.1e}".format),
+        }
+        for case in cases
+        for name, row in case.rows.items()
+        if "ms" in row
+    ]  # fmt: skip
+    note = (
+        "By hand is the snippet. Device: between two events, with all the work in the queue; busy: what its kernels "
+        "take together, without gaps. The error is that of value and weights' gradients against fp64, without TF32."
+    )
+    return table("The whole penalty: the call with a critic, and its backward to the weights", note, rows)
+
+
+def experiments(cases: list[CaseRows]) -> list[Table]:
+    """A table for each kind: the ways of its cases beside one another, as parts of what it takes today."""
+    kinds = dict.fromkeys(case.name.split(":")[0] for case in cases)
+    return [
+        table(
+            f"Experiment: {kind}",
+            "The device's time of each way over that of today; below 1 it is faster.",
+            [
+                {
+                    "case": case.name.partition(": ")[2], "shape": case.size,
+                    "today, device us": case.time(names.TODAY, "device_ms", 1e-3),
+                    **{name: on_device(row) for name, row in case.rows.items() if name != names.TODAY and "ms" in row},
+                    "launches": " / ".join(str(row["launches"]) for row in case.rows.values() if "launches" in row),
+                }
+                for case in cases
+                if case.name.split(":")[0] == kind and any("ms" in row for row in case.rows.values())
+            ],
+        )
+        for kind in kinds
+    ]  # fmt: skip
+
+
+def on_device(row: Row) -> str:
+    """The ratio to today's time, or on a CPU that of the whole."""
+    found = row.get(f"device, over {names.TODAY}") or row.get(f"over {names.TODAY}")
+    return interval(found) if found else ""
 
 
 def training(cases: list[CaseRows]) -> list[Table]:
@@ -206,12 +257,19 @@ def host(cases: list[CaseRows]) -> list[Table]:
 
 OF_SUITE = {
     "ops": ops, "penalties": penalties, "training": training, "methods": methods, "systems": systems, "host": host,
+    "experiments": experiments,
 }  # fmt: skip
 
 
 def memory(cases: list[CaseRows]) -> Table:
-    """Methods have a column of their own for it."""
-    measured = [case for case in cases if case.suite != "methods" and case.has_memory]
+    """Methods have a column of their own for it, and so have penalties on a device."""
+    measured = [
+        case
+        for case in cases
+        if case.suite not in ("methods", "experiments")
+        and case.has_memory
+        and not (case.on_device and case.suite != "ops")
+    ]
     found = dict.fromkeys(name for case in measured for name, row in case.rows.items() if "peak_mb" in row)
     return table(
         "Peak memory of a step, MB",
@@ -224,11 +282,11 @@ def device(cases: list[CaseRows]) -> Table:
     rows = [
         {
             "case": case.label, "": name, "host, ms": case.time(name, "host_ms"),
-            "device, ms": case.time(name, "device_ms"), "launches": str(row["launches"]),
+            "device, ms": case.time(name, "device_ms"), "launches": case.number(name, "launches", str),
         }
         for case in cases
         for name, row in case.rows.items()
-        if "device_ms" in row
+        if "device_ms" in row and case.suite not in ("penalties", "experiments")
     ]  # fmt: skip
     note = (
         "Milliseconds that the host takes to put a step into the queue, and that the device takes for it by its own "

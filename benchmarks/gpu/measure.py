@@ -1,0 +1,138 @@
+"""A phase that measures: the cases of some suites, in the order of their worth, for as long as there is time.
+
+python -m benchmarks.gpu.measure SUITE [SUITE ...] --device cuda --out FILE --until 1795824000
+
+A case that fails is a row that says so, and the next one goes on. What ends the process is not tried again when it is
+started anew with the same file: that goes on after it, as after an error that leaves the device unusable.
+"""
+
+import argparse
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import checkout, intervals, provenance, results, runner, timing
+from benchmarks.cases import SUITES
+from benchmarks.cases.bytes_moved import copy_bandwidth
+from benchmarks.cases.case import Case
+from benchmarks.correctness import first_line
+from benchmarks.names import COMPILED, COMPILED_CALL, OURS, SNIPPET, is_ours
+
+Row = dict[str, Any]
+
+FAILED, START_AGAIN = 1, 75  # exit statuses: something of ours failed; the device must be left and entered again
+TIMED = 0.4  # of a case's share of the time; the rest is for references and first calls
+DIED = "the process ended in the middle of it"
+NOT_REACHED = "not reached: the time was over"
+
+
+def cases(suites: Iterable[str], tiny: bool) -> list[Case]:
+    """Of devices; or for a rehearsal each kind at a tiny size."""
+    every = [case for suite in suites for case in SUITES[suite].cases("cuda")]
+    if not tiny:
+        return every
+    return list({case.key: case for case in [case.at_tiny_size() for case in every if case.tiny]}.values())
+
+
+def measure(chosen: list[Case], device: str, end: float, path: Path, part: str = "", rounds: int | None = None) -> int:
+    """Into the file, as they come, until a time. `part` distinguishes the parts in which one case is measured twice."""
+    about: dict[str, Any] = results.load_about(path) if path.exists() else {"begun": [], "ended": []}
+    rows = results.load(path) if path.exists() else []
+    of_all = provenance.provenance(device)
+    jobs = {f"{part}{case.key}": case for case in chosen}
+    for name in [name for name in about["begun"] if name in jobs and name not in about["ended"]]:
+        rows.append(jobs[name].about | of_all | {"implementation": OURS, "failed": DIED})
+        about["ended"].append(name)
+    left = [name for name in jobs if name not in about["begun"]]
+    if left and any(case.bytes_moved() for case in chosen) and "copy_gb_s" not in about:
+        about["copy_gb_s"] = copy_bandwidth(device)
+    for number, name in enumerate(left):
+        remaining = end - time.time()
+        if remaining <= 0:
+            known = {_case(row) for row in rows}
+            missed = [jobs[later].about for later in left[number:] if _case(jobs[later].about) not in known]
+            rows += [case | of_all | {"implementation": OURS, "absent": NOT_REACHED} for case in missed]
+            results.save(path, rows, **about)
+            print(f"{len(left) - number} of {len(jobs)} cases were not reached", flush=True)
+            break
+        print(f"{number + 1}/{len(left)} {name}, {remaining:.0f} s left", flush=True)
+        about["begun"].append(name)
+        results.save(path, rows, **about)
+        case = jobs[name]
+        budget = min(case.budget, TIMED * remaining / (len(left) - number))
+        try:
+            copying = about.get("copy_gb_s")
+            found = runner.measure(case, device, budget, rounds, copying, intervals.LEAST, keep_going=True)
+        except Exception as failure:
+            traceback.print_exc()
+            found = [case.about | {"implementation": OURS, "failed": first_line(failure)}]
+        known = {(*_case(row), row["implementation"]) for row in rows}
+        rows += [row | of_all for row in found if (*_case(row), row["implementation"]) not in known]
+        about["ended"].append(name)
+        results.save(path, rows, **about)
+        if not _usable(device):
+            return START_AGAIN
+    return FAILED if any("failed" in row and is_ours(row["implementation"]) for row in rows) else 0
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return row["suite"], row["case"], tuple(row["shape"]), row["dtype"]
+
+
+def _usable(device: str) -> bool:
+    try:
+        timing.synchronize(device)
+    except RuntimeError:
+        return False
+    if device != "cpu":
+        torch.get_device_module(device).empty_cache()  # the next case may need it all
+    return True
+
+
+def first_calls(chosen: list[Case], device: str) -> None:
+    """Nothing is timed or kept but what compilers keep: their caches on disk."""
+    for case in chosen:
+        print(f"first calls of {case.key}", flush=True)
+        torch._dynamo.reset()
+        with case.prepared(device) as inputs:
+            for name, make in case.implementations().items():
+                try:
+                    case.enter(make(), inputs).check()
+                except Exception as failure:  # the phase that measures it will say so
+                    print(f"{name}: {first_line(failure)}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.gpu.measure")
+    parser.add_argument("suites", nargs="+", choices=SUITES)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--until", type=float, required=True, help="seconds since 1970; then no case begins any more")
+    parser.add_argument("--eager", action="store_true", help="without what has to be compiled")
+    parser.add_argument("--compiled", action="store_true", help="what has to be compiled, beside ours and the snippet")
+    parser.add_argument("--first-calls", metavar="I/N", help="of every Nth case, to fill the compilers' caches")
+    options = parser.parse_args()
+    checkout.find_kernels()
+    if options.device == "cpu":  # a rehearsal: the same graphs, run without the minute that their C++ takes
+        torch.compile = partial(torch.compile, backend="aot_eager")
+    chosen = cases(options.suites, tiny=options.device == "cpu")
+    if options.eager:
+        chosen = [replace(case, compiling=False) for case in chosen]
+    if options.compiled:
+        beside = (SNIPPET, OURS, COMPILED, COMPILED_CALL)
+        chosen = [replace(case, only=beside) for case in chosen if case.compiling]
+    if options.first_calls:
+        at, step = map(int, options.first_calls.split("/"))
+        first_calls(chosen[at::step], options.device)
+        return 0
+    return measure(chosen, options.device, options.until, options.out, "compiled: " if options.compiled else "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

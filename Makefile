@@ -3,11 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-# `python -m` in a checkout that is not installed: submodules of fused_gp, such as its kernels, are looked for here too.
-FROM_CHECKOUT := $(PYTHON) -c 'import runpy, sys, fused_gp; fused_gp.__path__.append("$(CURDIR)"); \
-	runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)'
-
-.PHONY: demo figures test test-gpu bench bench-gpu bench-host bench-systems bench-methods lint clean
+.PHONY: demo figures test test-gpu gpu bench bench-host bench-systems bench-methods lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -21,24 +17,28 @@ figures: .venv/demo
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto --dist loadgroup --benchmark-disable $(ARGS)
 
-# The kernels compiled and run on the device at hand instead of interpreted. Needs torch, Triton, NumPy and pytest; no
-# network, and nothing is installed.
+# The kernels compiled and run on the device at hand instead of interpreted. Needs torch, Triton, NumPy and pytest beside
+# PYTHON; no network, and nothing is installed.
 test-gpu:
 	@$(PYTHON) -c 'import numpy, pytest, torch, triton' || { echo "make test-gpu needs them beside $(PYTHON)" >&2; exit 1; }
-	$(FROM_CHECKOUT) pytest -m gpu $(ARGS)
+	$(PYTHON) -m pytest -p benchmarks.checkout -m gpu $(ARGS)
 
-SUITES := ops penalties training
+# Everything that one wants to know of a device, in BUDGET seconds: those tests, the ops, whole penalties, experiments.
+# Also needs pytest-xdist. `python -m benchmarks report OUT` makes pages of it. DEVICE=cpu rehearses the command.
+DEVICE ?= cuda
+BUDGET ?= 420
+OUT ?= out/gpu
+ON_DEVICE := $(if $(filter cpu,$(DEVICE)),$(BIN)/python,$(PYTHON))
+
+gpu: $(if $(filter cpu,$(DEVICE)),.venv/dev)
+	@$(ON_DEVICE) -c 'import numpy, pytest, torch, triton, xdist' \
+		|| { echo "make gpu needs them beside $(ON_DEVICE)" >&2; exit 1; }
+	$(ON_DEVICE) -m benchmarks gpu --device $(DEVICE) --budget $(BUDGET) --out '$(OUT)'
 
 # Against the peers, on this machine; ARGS=--quick takes a few cases. A whole run writes benchmarks/results and the pages,
 # and so do those of the other bench targets.
 bench: .venv/peers
-	$(BIN)/python -m benchmarks $(SUITES) $(ARGS)
-
-# The same on the device at hand. Needs torch and numpy, no network; where matplotlib is missing, the pictures wait for
-# `python -m benchmarks report`.
-bench-gpu:
-	@$(PYTHON) -c 'import numpy, torch' || { echo "make bench-gpu needs them beside $(PYTHON)" >&2; exit 1; }
-	$(FROM_CHECKOUT) benchmarks $(SUITES) --device cuda $(ARGS)
+	$(BIN)/python -m benchmarks ops penalties training $(ARGS)
 
 # What launches cost the host on a simulated GPU; the penalties of systems that people use; the methods.
 bench-host bench-systems bench-methods: bench-%: .venv/dev

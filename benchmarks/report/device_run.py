@@ -69,7 +69,7 @@ def tests(path: Path) -> dict[str, Any]:
         "passed": sum(line["outcome"] == "passed" for line in ran),
         "skipped": dict(skipped),
         "failed": failed,
-        "slowest": sorted(((line["seconds"], line["test"]) for line in ran), reverse=True)[:10],
+        "slowest": sorted(([line["seconds"], line["test"]] for line in ran), reverse=True)[:10],
     }
 
 

@@ -32,7 +32,8 @@ def draw(rows: list[Row], path: Path) -> bool:
     if not one:
         return False
     has_memory = [case for case in every if case.has_memory and not (case.on_device and case.suite == "ops")]
-    has_memory = sorted(has_memory, key=largest_peak, reverse=True)[:MOST_PEAKS]
+    largest = sorted(map(largest_peak, has_memory))[-MOST_PEAKS:]
+    has_memory = [case for case in has_memory if largest_peak(case) in largest]
 
     figure = plt.figure(figsize=(13, 17), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])

@@ -49,7 +49,8 @@ def rows(one_thread):
         (["systems", "--only", "R1", "--rounds", "-1"], "--rounds must be 6 or more, which an interval needs, got -1"),
         (["compare"], "the following arguments are required: A.json, B.json"),
         (["compare", "nosuch.json"], "argument A.json: nosuch.json: No such file or directory"),
-        (["report", "cpu"], "unrecognized arguments: cpu"),
+        (["report", "nosuch"], "nosuch holds no run of `python -m benchmarks gpu`: there is no run.json"),
+        (["report", "a", "b"], "unrecognized arguments: b"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_measured(monkeypatch, capsys, words, said):
@@ -82,6 +83,9 @@ def test_a_suite_without_cases_for_the_device_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["ops", "host", "--device", "cuda"])
     assert "host has no cases for --device cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["experiments"])
+    assert "experiments has no cases for --device cpu" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -109,7 +113,11 @@ def measured(monkeypatch, rows):
         (["systems", "--quick"], [], ["cpu_systems.json"]),
         (["systems", "--only", "R1"], [], ["cpu_systems.json"]),
         (["systems", "--rounds", "9"], ["cpu_systems.json"], []),
-        (list(SUITES), ["cpu.json", "cpu_methods.json", "cpu_systems.json", "host.json"], []),
+        (
+            [name for name in SUITES if name != "experiments"],
+            ["cpu.json", "cpu_methods.json", "cpu_systems.json", "host.json"],
+            [],
+        ),
     ],
 )
 def test_suites_run_whole_go_to_the_committed_runs(measured, monkeypatch, tmp_path, words, committed, uncommitted):
@@ -176,7 +184,7 @@ def small_methods(monkeypatch):
         if case.name != "conv, SiLU"
     ]
     monkeypatch.setattr(methods, "cases", lambda device: cases)
-    monkeypatch.setattr(__main__.runner.peak_memory, "peak_mb", lambda case, implementation, device: 1.0)
+    monkeypatch.setattr(__main__.runner.peak_memory, "peak_mb", lambda case, implementation: 1.0)
 
 
 def _layer():
@@ -269,7 +277,14 @@ def test_make_runs_the_suites(target, words):
     assert f"-m benchmarks {words} --rounds 60\n" in done.stdout
 
 
-@pytest.mark.parametrize("target", ["test-gpu", "bench-gpu"])
+def test_make_asks_a_gpu_with_the_python_at_hand_and_rehearses_with_its_own():
+    words = "-m benchmarks gpu --device {} --budget {} --out '{}'\n"
+    assert f"python3.x {words.format('cuda', 420, 'out/gpu')}" in make("--dry-run", "gpu", "PYTHON=python3.x").stdout
+    done = make("--dry-run", "gpu", "DEVICE=cpu", "BUDGET=90", "OUT=a b")
+    assert f".venv/bin/python {words.format('cpu', 90, 'a b')}" in done.stdout
+
+
+@pytest.mark.parametrize("target", ["test-gpu", "gpu"])
 def test_make_says_what_a_gpus_targets_need(target):
     done = make(target, f"PYTHON={sys.executable} -S")  # without what is installed beside it
     assert done.returncode != 0

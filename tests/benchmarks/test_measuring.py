@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -219,7 +220,10 @@ def test_a_device_has_times_of_its_own(monkeypatch):
     assert found.host > 0
     assert len(slept) == 1
 
-    monkeypatch.setattr(runner, "_launches", lambda step: 7)
+    monkeypatch.setattr(runner, "_launches", lambda steps: dict.fromkeys(steps, {"launches": 7, "busy_ms": 5.0}))
+    monkeypatch.setattr(runner.memory, "peak", lambda step, device: 3e6)
+    monkeypatch.setattr(runner.provenance, "clocks", lambda device: {"clocks.sm": "1980 MHz"})
+    monkeypatch.setattr(OpCase, "copies", lambda case, inputs, device: [])
     monkeypatch.setattr(runner.provenance, "machine", lambda device: "a device")
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
     seconds = {name: [(4.0 * at, 2.0, 1.0 * at, 0)] * 6 for at, name in enumerate((OURS, "snippet"), 1)}
@@ -229,6 +233,34 @@ def test_a_device_has_times_of_its_own(monkeypatch):
     assert (peer["over fused_gp"][0], peer["device, over fused_gp"][0]) == (2.0, 2.0)
     assert ours["gb_s"] == 1e-6 * SMALL.bytes_moved() / 1e3  # of the device's own time
     assert "fresh_mb" not in ours
+    assert (ours["peak_mb"], ours["busy_ms"], ours["clocks"]) == (3.0, 5.0, {"clocks.sm": "1980 MHz"})
+
+
+def test_an_op_on_a_device_is_timed_by_replays(monkeypatch):
+    """What cannot be captured is not timed at all, and says so."""
+    monkeypatch.setattr(runner.provenance, "machine", lambda device: "a device")
+    monkeypatch.setattr(OpCase, "copies", lambda case, inputs, device: [inputs, inputs])
+    steps = []
+
+    def replays(on_copies, device):
+        steps.append(len(on_copies))
+        if len(steps) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return lambda: 0.5
+
+    monkeypatch.setattr(runner.cold, "replays", replays)
+    given = {}
+    monkeypatch.setattr(timing, "interleaved", lambda *args: (given.update(args[-2]), ({}, {}))[1])
+    rows = runner.measure(replace(SMALL, compiling=False), "cpu", 0.0, 6, 10.0)
+    assert set(steps) == {2}
+    names = [row["implementation"] for row in rows]
+    assert list(given) == [names[0], *names[2:]]
+    assert (
+        rows[1]["failed"]
+        == "not captured in a CUDA graph: RuntimeError: operation not permitted when stream is capturing"
+    )
+    found = timing.timing(lambda: None, "cpu", 1, replay=lambda: 0.5)
+    assert found.device is None  # there is none
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
@@ -242,7 +274,7 @@ def test_peak_memory_in_a_process_of_its_own():
 
 
 def test_memory_alone_is_measured_without_check_or_timing(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner.peak_memory, "peak_mb", lambda case, implementation, device: 5.0)
+    monkeypatch.setattr(runner.peak_memory, "peak_mb", lambda case, implementation: 5.0)
     case = MethodCase("ViT", (2, 3, 64, 64), critic=None, options=({"chunk_size": 2},), timed=False)
     rows = runner.run([case], "cpu", 0.0, None, tmp_path / "unfinished.json")
     assert [(row["implementation"], row["peak_mb"]) for row in rows] == [

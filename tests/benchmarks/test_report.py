@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -32,8 +33,17 @@ def rows(one_thread):
     return small_run()
 
 
-def page_of(rows, **more):
-    return page.page(NOTHING | {"cpu": rows} | more)
+def page_of(rows, **devices):
+    return page.page(NOTHING | {"cpu": rows}, devices)
+
+
+def test_a_file_is_there_as_a_whole_at_every_moment(rows, tmp_path, monkeypatch):
+    """Also while the next one is being written."""
+    results.save(tmp_path / "cpu.json", rows[:1])
+    monkeypatch.setattr(Path, "replace", None)
+    with pytest.raises(TypeError):
+        results.save(tmp_path / "cpu.json", rows)
+    assert len(results.load(tmp_path / "cpu.json")) == 1
 
 
 def test_rows_survive_the_file(rows, tmp_path):
@@ -51,7 +61,7 @@ def test_tables_and_pictures_know_the_name(rows, tmp_path):
     text = page_of(found)
     assert "snippet, compiled over fused_gp | 0.50 (0.40 to 0.60)" in text
     assert COMPILED_CALL not in text
-    assert "| snippet, compiled | 0.50 (0.40 to 0.60) |" in readme.numbers(found, [])
+    assert "| snippet, compiled | 0.50 (0.40 to 0.60) |" in readme.numbers(found, {})
     if find_spec("matplotlib"):
         page.draw(path)
         assert path.with_suffix(".png").exists()
@@ -183,30 +193,23 @@ def test_systems_are_shown_one_by_one_and_from_the_least_to_the_most():
 
 def test_the_pages_are_made_of_the_committed_runs():
     runs = results.committed()
-    assert page.PAGE.read_text() == page.page(runs), "python -m benchmarks report writes it"
-    assert page.README.read_text() == readme.readme(page.README.read_text(), runs)
+    devices = page.committed_devices()
+    assert page.PAGE.read_text() == page.page(runs, devices), "python -m benchmarks report writes it"
+    assert page.README.read_text() == readme.readme(page.README.read_text(), runs, devices)
 
 
 def test_the_readme_has_no_number_of_a_run_but_between_markers():
     runs = results.committed()
-    assert readme.readme(page.README.read_text(), NOTHING).count(readme.UNMEASURED_HERE) == 2
+    assert readme.readme(page.README.read_text(), NOTHING, {}).count(readme.UNMEASURED_HERE) == 2
     for name in ("methods", "systems"):
-        changed = readme.readme(page.README.read_text(), runs | {f"cpu_{name}": []})
+        changed = readme.readme(page.README.read_text(), runs | {f"cpu_{name}": []}, {})
         assert changed.split(readme.begin(name))[1].split(readme.END)[0].strip() == readme.UNMEASURED_HERE.strip()
 
 
 def test_what_is_unmeasured_is_said_until_it_is_measured():
-    measured = (results.COMMITTED / "cuda.json").exists()
+    measured = bool(results.devices())
     for path in (page.PAGE, page.README):
         assert (readme.UNMEASURED in path.read_text()) is not measured
-
-
-def test_a_gpus_run_takes_the_sentence_away(rows):
-    assert readme.UNMEASURED in page_of(rows)
-    assert readme.UNMEASURED in readme.numbers(rows, [])
-    on_device = [row | {"device": "cuda"} for row in rows]
-    assert readme.UNMEASURED not in page_of(rows, cuda=on_device)
-    assert readme.UNMEASURED not in readme.numbers(rows, on_device)
 
 
 def test_the_two_ops_together_are_drawn(rows, tmp_path):

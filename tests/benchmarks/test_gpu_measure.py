@@ -1,0 +1,258 @@
+"""What the phases of `python -m benchmarks gpu` that measure do beside other runs, with a device that is not there."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from benchmarks import checkout, cold, launches, results
+from benchmarks.cases import experiments, ops
+from benchmarks.cases.ops import OpCase
+from benchmarks.correctness import CorrectnessCheck
+from benchmarks.gpu import measure
+from benchmarks.names import COMPILED, COMPILED_CALL, OURS, PLANNED, SNIPPET, TODAY
+from benchmarks.peers import PEERS, Implementation
+
+TINY = {case.key: case for case in measure.cases(["ops", "penalties", "experiments"], tiny=True)}
+
+
+@pytest.mark.parametrize("key", TINY)
+def test_every_kind_of_case_is_right_at_a_tiny_size(key, one_thread):
+    """Or a device's first minutes show what could have been known before."""
+    case = replace(TINY[key], compiling=False)
+    with case.prepared("cpu") as inputs:
+        check = CorrectnessCheck(case, inputs, "cpu")
+        for name, make in case.implementations().items():
+            step, row = check.enter(name, make)
+            assert "failed" not in row
+            assert (step is None) == ("absent" in row)
+
+
+def test_what_does_not_exist_yet_is_said():
+    cases = measure.cases(["penalties", "experiments"], tiny=False)
+    names = {name for case in cases for name in case.implementations()}
+    assert set(PLANNED) < names
+    assert any(case.name == experiments.ATTENTION for case in cases)
+
+
+def test_each_kind_of_critic_is_penalised_by_hand_and_by_what_serves_it():
+    for case in measure.cases(["penalties"], tiny=False):
+        names = set(case.implementations())
+        assert {SNIPPET, OURS} < names
+        assert ({COMPILED, COMPILED_CALL} < names) == case.compiling
+    tokens = [case.shape[-1] ** 2 // 16 for case in measure.cases(["penalties"], tiny=False) if case.name == "ViT"]
+    assert sorted(tokens) == [256, 1024, 4096]
+
+
+SMALL = [OpCase(name, (4, 6), compiling=False) for name in ("penalty, forward", "interpolation, forward")]
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """The status and the file of a run with these implementations of ours."""
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 10.0)
+
+    def measured(seconds=60.0, ours=None, cases=SMALL, part=""):
+        if ours is not None:
+            monkeypatch.setattr(OpCase, "all_implementations", lambda case: {OURS: ours, SNIPPET: PEERS[SNIPPET]})
+        status = measure.measure(cases, "cpu", time.time() + seconds, tmp_path / "ops.json", part, rounds=6)
+        return status, results.load(tmp_path / "ops.json")
+
+    return measured
+
+
+def test_cases_are_measured_as_long_as_there_is_time(measured):
+    status, rows = measured(seconds=-1.0)
+    assert status == 0
+    assert [(row["implementation"], row["absent"]) for row in rows] == [(OURS, measure.NOT_REACHED)] * 2
+
+
+def test_what_is_reached_later_takes_the_place_of_what_was_not(measured):
+    """As where a phase measures the same cases with torch.compile."""
+    measured(seconds=-1.0)
+    _, rows = measured(part="compiled: ")
+    assert not any("absent" in row for row in rows)
+    assert sum(row["implementation"] == OURS for row in rows) == 2
+
+
+def test_a_case_measured_twice_keeps_its_first_rows(measured):
+    _, first = measured()
+    _, again = measured(part="compiled: ")
+    assert again == first
+
+
+def fails():
+    raise RuntimeError("an error\nof several lines")
+
+
+def test_what_fails_is_a_row_and_the_next_case_goes_on(measured):
+    status, rows = measured(ours=fails)
+    assert status == measure.FAILED
+    assert [row["failed"] for row in rows if row["implementation"] == OURS] == ["RuntimeError: an error"] * 2
+    assert sum("ms" in row for row in rows if row["implementation"] == SNIPPET) == 2
+
+
+def test_a_wrong_result_of_ours_is_a_row_too(measured):
+    wrong = PEERS[SNIPPET]()._replace(norm_penalty=lambda g: g.sum(), interpolate=lambda real, fake, alpha: real)
+    status, rows = measured(ours=lambda: wrong)
+    assert status == measure.FAILED
+    assert all(row["failed"].startswith("Wrong: ") for row in rows if row["implementation"] == OURS)
+
+
+def test_after_a_case_that_leaves_the_device_unusable_the_process_is_left(measured, monkeypatch):
+    monkeypatch.setattr(measure, "_usable", lambda device: False)
+    status, rows = measured()
+    assert status == measure.START_AGAIN
+    assert {row["case"] for row in rows} == {"penalty, forward"}
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 10.0)
+    status, rows = measured()
+    assert status == 0
+    assert {row["case"] for row in rows} == {"penalty, forward", "interpolation, forward"}
+
+
+DIES = """
+import os, sys, time
+from pathlib import Path
+from benchmarks.cases.ops import OpCase
+from benchmarks.gpu import measure
+class Dies(OpCase):
+    def all_implementations(self):
+        os._exit(3)
+cases = [OpCase("penalty, forward", (4, 6)), Dies("interpolation, forward", (4, 6)), OpCase("penalty, forward", (4, 7))]
+measure.copy_bandwidth = lambda device: 10.0
+raise SystemExit(measure.measure(cases, "cpu", time.time() + 60, Path(sys.argv[1]), rounds=6))
+"""
+
+
+def test_a_case_that_ends_the_process_is_not_tried_again(tmp_path):
+    words = [sys.executable, "-c", DIES, str(tmp_path / "ops.json")]
+    ends = [subprocess.run(words, cwd=checkout.ROOT, capture_output=True).returncode for _ in range(2)]
+    assert ends == [3, measure.FAILED]
+    rows = results.load(tmp_path / "ops.json")
+    assert [row["failed"] for row in rows if "failed" in row] == [measure.DIED]
+    assert {tuple(row["shape"]) for row in rows if "ms" in row} == {(4, 6), (4, 7)}
+
+
+@pytest.fixture
+def device():
+    """torch.cuda's functions, with their signatures; what is captured in a graph runs when that is replayed."""
+    module = mock.create_autospec(torch.cuda)
+    captured, capturing = [], []
+
+    class Capture:
+        def __enter__(self):
+            capturing.append(True)
+
+        def __exit__(self, *_):
+            capturing.pop()
+
+    module.graph.side_effect = lambda graph: Capture()
+    module.stream.side_effect = lambda stream: mock.MagicMock()
+    module.Event.return_value.elapsed_time.return_value = 12.0
+    module.get_device_properties.return_value = SimpleNamespace(L2_cache_size=50_000_000)
+    module.captured, module.capturing = captured, capturing
+    with mock.patch.object(torch, "get_device_module", lambda device: module):
+        yield module
+
+
+def test_a_replay_is_of_many_calls_round_the_copies(device):
+    calls = []
+    steps = [lambda at=at: calls.append((at, bool(device.capturing))) for at in range(3)]
+    seconds = cold.replays(steps, "cuda")
+    assert [at for at, inside in calls if not inside] == [0, 1]  # before it
+    assert [at for at, inside in calls if inside] == [0, 1, 2] * 4
+    assert seconds() == pytest.approx(12e-3 / 12)
+    assert device.CUDAGraph.return_value.replay.call_count == 2
+
+
+@pytest.mark.parametrize(("size", "number"), [(10, 64), (5_000_000, 30), (70_000_000, 3), (10**9, 2)])
+def test_copies_are_more_than_the_cache_holds(device, size, number):
+    assert cold.copies_needed(size, "cuda") == number
+
+
+def test_copies_of_an_ops_inputs_are_other_memory_with_the_same_numbers(device):
+    case = OpCase("penalty, forward", (8, 500_000))
+    inputs = case.inputs("cpu")
+    copies = case.copies(inputs, "cuda")
+    assert copies[0] is inputs
+    assert len({each.real.data_ptr() for each in copies}) == len(copies) == 3
+    assert all(each.gradients.equal(inputs.gradients) for each in copies)
+    assert case.copies(inputs, "cpu") == []
+
+
+def event(name, kind, start, end):
+    return SimpleNamespace(
+        name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    )
+
+
+def test_launches_are_those_that_begin_while_a_step_runs(monkeypatch):
+    events = [
+        event(launches.MARK + "a", DeviceType.CPU, 0, 100), event(launches.MARK + "b", DeviceType.CPU, 110, 200),
+        event(launches.MARK + "a", DeviceType.CUDA, 10, 90), event("aten::mul", DeviceType.CPU, 1, 5),
+        event("kernel", DeviceType.CUDA, 20, 30), event("Memset", DeviceType.CUDA, 95, 97),
+        event("kernel", DeviceType.CUDA, 150, 190),
+    ]  # fmt: skip
+    session = mock.MagicMock()
+    session.__enter__.return_value.events.return_value = events
+    monkeypatch.setattr(launches, "profile", lambda activities: session)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = launches.of({"a": lambda: None, "b": lambda: None})
+    assert found == {
+        "a": {"launches": 2, "busy_ms": pytest.approx(0.012)}, "b": {"launches": 1, "busy_ms": pytest.approx(0.04)},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", experiments.SETTINGS.values(), ids=experiments.SETTINGS)
+def test_other_launch_settings_give_the_same_numbers_and_are_taken_back(settings):
+    pytest.importorskip("triton")
+    from fused_gp import gradient_norm_penalty, interpolate
+    from fused_gp.kernels import launch, tiles
+
+    before = (tiles.TILE_BYTES, launch.NUM_WARPS, tiles.PROGRAMS)
+    g, alpha = torch.randn(3, 9001), torch.rand(3)
+    expected = gradient_norm_penalty(g, backend="torch"), interpolate(g, -g, alpha, backend="torch")
+    tiling = tiles.reduction_tile(3, 9001, 4)
+    with experiments.tiling(*settings):
+        assert (tiles.TILE_BYTES, launch.NUM_WARPS, tiles.PROGRAMS) == settings
+        assert (tiles.reduction_tile(3, 9001, 4) != tiling) == (settings[0] != before[0])
+        found = gradient_norm_penalty(g, backend="triton"), interpolate(g, -g, alpha, backend="triton")
+    torch.testing.assert_close(found, expected)
+    assert (tiles.TILE_BYTES, launch.NUM_WARPS, tiles.PROGRAMS) == before == experiments.SETTINGS[TODAY]
+    assert tiles.reduction_tile(3, 9001, 4) == tiling
+
+
+def test_a_wrong_formula_of_the_convolution_is_found(one_thread):
+    """The check knows the two gradients apart."""
+    case = next(case for case in TINY.values() if isinstance(case, experiments.ConvolutionCase))
+    inputs = case.inputs("cpu")
+    check = CorrectnessCheck(case, inputs, "cpu")
+    right = case.by_two_calls(inputs)()
+    for wrong in ([right[0], right[1].flip(0)], [2 * right[0], right[1]]):
+        step, row = check.enter("wrong", lambda wrong=wrong: Implementation(lambda given: lambda: wrong))
+        assert step is None
+        assert row["failed"].startswith("Wrong")
+
+
+def test_first_calls_are_made_of_each_case_once(monkeypatch, capsys):
+    """By one process or another; what fails is left to the phase that measures it."""
+    monkeypatch.setattr(OpCase, "all_implementations", lambda case: {OURS: fails, SNIPPET: PEERS[SNIPPET]})
+    for part in range(2):
+        measure.first_calls(SMALL[part::2], "cpu")
+    said = capsys.readouterr().out
+    assert said.count("first calls of ops: penalty, forward") == said.count("first calls of ops: interpolation") == 1
+    assert said.count("fused_gp: RuntimeError: an error") == 2
+
+
+def test_the_ops_of_a_device_are_those_of_a_cpu_and_larger():
+    cpu, cuda = ({(case.name, case.shape) for case in ops.cases(device)} for device in ("cpu", "cuda"))
+    assert cpu < cuda
+    assert os.path.exists(checkout.ROOT / "kernels")

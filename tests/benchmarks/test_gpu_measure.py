@@ -142,7 +142,7 @@ def test_a_case_that_ends_the_process_is_not_tried_again(tmp_path):
 
 
 @pytest.fixture
-def device():
+def device(monkeypatch):
     """torch.cuda's functions, with their signatures; what is captured in a graph runs when that is replayed."""
     module = mock.create_autospec(torch.cuda)
     captured, capturing = [], []
@@ -159,8 +159,8 @@ def device():
     module.Event.return_value.elapsed_time.return_value = 12.0
     module.get_device_properties.return_value = SimpleNamespace(L2_cache_size=50_000_000)
     module.captured, module.capturing = captured, capturing
-    with mock.patch.object(torch, "get_device_module", lambda device: module):
-        yield module
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    return module
 
 
 def test_a_replay_is_of_many_calls_round_the_copies(device):
@@ -222,7 +222,7 @@ def test_other_launch_settings_give_the_same_numbers_and_are_taken_back(settings
     expected = gradient_norm_penalty(g, backend="torch"), interpolate(g, -g, alpha, backend="torch")
     tiling = tiles.reduction_tile(3, 9001, 4)
     with experiments.tiling(*settings):
-        assert (tiles.TILE_BYTES, launch.NUM_WARPS, tiles.PROGRAMS) == settings
+        assert settings == (tiles.TILE_BYTES, launch.NUM_WARPS, tiles.PROGRAMS)
         assert (tiles.reduction_tile(3, 9001, 4) != tiling) == (settings[0] != before[0])
         found = gradient_norm_penalty(g, backend="triton"), interpolate(g, -g, alpha, backend="triton")
     torch.testing.assert_close(found, expected)

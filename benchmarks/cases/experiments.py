@@ -1,9 +1,9 @@
-"""Small experiments on a device, whose answers decide code: convolution's second derivative, and the tiles of the ops.
+"""Small experiments on a device, whose answers decide code: convolution's second derivative, attention's, and the tiles.
 
-The ratio is to what is there today: below 1 the other way is faster.
+The ratio is to what is there today, or of attention to the blocks that fit every device: below 1 the other is faster.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,8 @@ from benchmarks.cases.ours import ours, plain_autograd
 from benchmarks.names import TODAY
 from benchmarks.peers import Absent, Implementation
 
-# What each experiment is about; ATTENTION waits for its kernels.
-CONVOLUTION, TILES, ATTENTION = "convolution's second derivative", "tiles", "attention's block sizes and warps"
+# What each experiment is about.
+CONVOLUTION, TILES, ATTENTION = "convolution's second derivative", "tiles", "attention's second derivative"
 
 
 def a_way(step: Callable[..., Any]) -> Implementation:
@@ -159,22 +159,106 @@ class TileCase(OpCase):
         return OpCase(self.op, self.shape, self.dtype).bytes_moved()
 
 
+# Stationary x moving block / warps / stages: of those that compile without spills for sm_90, the first fits every target.
+BLOCKS: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    "row sums": {64: ((64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)), 128: ((64, 32, 4, 2), (128, 32, 8, 2))},
+    "rows": {64: ((64, 32, 4, 2), (64, 32, 8, 2), (128, 64, 8, 2)), 128: ((32, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2))},
+    "columns": {64: ((64, 32, 4, 2), (64, 32, 8, 2), (128, 64, 8, 2)), 128: ((64, 16, 4, 1), (64, 32, 8, 2), (128, 32, 8, 2))},
+}  # fmt: skip
+
+
+class AttentionInputs(NamedTuple):
+    """Of (heads, N, size): q, k, v, do and the cotangents a, b, c; of (heads, N): l, d, t, g."""
+
+    tensors: tuple[Tensor, ...]
+    sums: tuple[Tensor, ...]
+    scale: float
+
+
 @dataclass(frozen=True)
 class AttentionCase(Case):
+    """One of its three passes, or by torch's math attention all that two of them give."""
+
     suite = "experiments"
-    budget = 0.0
+    budget = 0.3
+    bases = (TODAY,)
+    kernel: str = "rows"
 
     def all_implementations(self) -> dict[str, Make]:
-        def missing() -> Implementation:
-            raise Absent("its kernels do not exist yet")
+        size = self.shape[-1]
+        first, *others = BLOCKS[self.kernel][64 if size <= 64 else 128]
+        ways: dict[str, Make] = {TODAY: partial(self.under, first)}
+        ways |= {f"{at[0]} x {at[1]}, {at[2]} warps, {at[3]} stages": partial(self.under, at) for at in others}
+        return ways if self.kernel == "row sums" else ways | {"math attention, all four": lambda: a_way(self.by_math)}
 
-        return {"every setting": missing}
+    def under(self, blocks: tuple[int, int, int, int]) -> Implementation:
+        from benchmarks.cases import attention
+        from fused_gp.kernels import is_interpreted
 
-    def inputs(self, device: str) -> None:
-        return None
+        def step(given: AttentionInputs) -> list[Tensor]:
+            q, sums = given.tensors[0], given.sums
+            if q.device.type == "cpu" and not is_interpreted(attention.rows_kernel):
+                raise Absent("needs a device")
+            kept, like = (sums[:2], sums[0]) if self.kernel == "row sums" else (sums, q)
+            out = [torch.empty_like(like) for _ in range(2)]
+            return attention.launch(self.kernel, (*given.tensors, *kept), out, given.scale, *blocks)
 
-    def enter(self, implementation: Implementation, inputs: None) -> Entry:
-        raise NotImplementedError
+        return a_way(step)
+
+    def inputs(self, device: str) -> AttentionInputs:
+        torch.manual_seed(0)
+        batch, heads, n, size = self.shape
+        tensors = tuple(torch.randn(batch * heads, n, size).to(device, self.dtype) for _ in range(7))
+        exact = [t.double() for t in tensors]
+        sums = _sums(exact, size**-0.5)
+        return AttentionInputs(tensors, tuple(t.float() for t in sums), size**-0.5)
+
+    def exact(self, inputs: AttentionInputs) -> AttentionInputs:
+        return inputs._replace(tensors=tuple(t.double() for t in inputs.tensors))
+
+    def reference_implementation(self) -> Implementation:
+        return a_way(
+            lambda given: (
+                list(_sums(given.tensors, given.scale)[2:]) if self.kernel == "row sums" else self.by_math(given)
+            )
+        )
+
+    def by_math(self, given: AttentionInputs) -> list[Tensor]:
+        """For dO and Q, or for K and V: what autograd gives."""
+        q, k, v, do, *cotangents = given.tensors
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (q, k, v, do)]
+            out = torch.softmax(leaves[0] @ leaves[1].mT * given.scale, -1) @ leaves[2]
+            firsts = torch.autograd.grad(out, leaves[:3], leaves[3], create_graph=True)
+            for_q, for_k, for_v, for_do = torch.autograd.grad(firsts, leaves, cotangents)
+        return [for_do, for_q] if self.kernel == "rows" else [for_k, for_v]
+
+    def enter(self, implementation: Implementation, inputs: AttentionInputs) -> Entry:
+        step: Any = partial(implementation.gradient_penalty, inputs)
+        return Entry(step, step)
+
+
+def _sums(tensors: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L, D, t and g, head by head: all of them at once need N x N numbers."""
+
+    def of_head(q: Tensor, k: Tensor, v: Tensor, do: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        s = q @ k.mT * scale
+        p = torch.softmax(s, -1)
+        t_part = scale * (a @ k.mT + q @ b.mT)
+        t, d = (p * t_part).sum(-1), (do * (p @ v)).sum(-1)
+        g = (p * ((do @ v.mT - d[:, None]) * (t_part - t[:, None]) + do @ c.mT)).sum(-1)
+        return torch.stack([torch.logsumexp(s, -1), d, t, g])
+
+    l, d, t, g = torch.stack([of_head(*each) for each in zip(*tensors, strict=True)], 1).unbind()
+    return l, d, t, g
+
+
+def attentions() -> Iterator[AttentionCase]:
+    for shape in ((2, 8, 4096, 64), (8, 8, 1024, 64), (2, 8, 2048, 128)):
+        for kernel in BLOCKS:
+            name = f"{ATTENTION}: {kernel}, head size {shape[-1]}"
+            tiny = {"shape": (1, 2, 40, 16), "dtype": torch.float32} if shape[-1] == 64 else {}
+            yield AttentionCase(name, shape, torch.bfloat16, kernel=kernel, tiny=tiny)
 
 
 def convolutions() -> Iterator[ConvolutionCase]:
@@ -203,5 +287,5 @@ def cases(device: str) -> list[Case]:
     ]
     of_convolution = list(convolutions())
     some, others = of_convolution[:12], of_convolution[12:]
-    attention = AttentionCase(ATTENTION, (1,), tiny={"shape": (1,)})
-    return [*some, *of_tiles[:3], *others, *of_tiles[3:], attention]
+    of_attention = list(attentions())
+    return [*some, *of_attention[:3], *of_tiles[:3], *of_attention[3:], *others, *of_tiles[3:]]

@@ -46,7 +46,8 @@ def shapes_at_thresholds(tile):
 )
 def test_both_ops_at_every_threshold(shape, dtype):
     """Up to second derivatives. The numbers are drawn on the CPU: they can be drawn again where there is no device."""
-    assert_same_to_second_order({}, gradients_like(shape, dtype, "cuda"), Place("triton", "cuda"))
+    # Not the mean, whose gradients are subnormal in fp16 for a hundred thousand rows, with fewer digits.
+    assert_same_to_second_order({"reduction": "sum"}, gradients_like(shape, dtype, "cuda"), Place("triton", "cuda"))
     one, two, cotangent = (torch.randn(shape).to("cuda", dtype) for _ in range(3))
     alpha = torch.rand(shape[0]).to("cuda", torch.promote_types(dtype, torch.float32))
     results = []

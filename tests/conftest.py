@@ -11,22 +11,61 @@ from tests.support.compiling import Graphs
 from tests.support.kernels import interpreter
 from tests.support.places import PLACES
 
+LAUNCHES = pytest.StashKey()  # of a test that runs on a device
+DEVICE_LOST = pytest.StashKey()  # of a process, after a kernel that accessed memory which is not its own
+
 
 def pytest_configure(config):
-    # The kernels become interpreted or compiled ones when they are imported; `-m gpu` runs compiled ones. So nothing
-    # may have imported Triton before, as torch._dynamo does.
+    # The kernels become interpreted or compiled ones when they are imported; `-m gpu`, with or without more conditions,
+    # runs compiled ones. So nothing may have imported Triton before, as torch._dynamo does.
     assert "triton" not in sys.modules
-    if config.option.markexpr != "gpu":
+    if config.option.markexpr.startswith("gpu"):
+        # Two runs of one critic are compared, one of them to the precision of fp32 or fp64.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+    else:
         os.environ["TRITON_INTERPRET"] = "1"
         interpreter.mend()
 
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu"):
+        if DEVICE_LOST in item.config.stash:  # all later tests would fail too; pytest-xdist starts another process
+            if hasattr(item.config, "workerinput"):
+                os._exit(3)
+            pytest.exit(item.config.stash[DEVICE_LOST], returncode=3)
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA or ROCm device, and there is none")
         if os.environ.get("TRITON_INTERPRET") == "1":
             pytest.skip("the kernels are interpreted in this run: `make test-gpu` runs them on the device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that fails on a device tells what it launched."""
+    report = yield
+    launches = item.stash.get(LAUNCHES, None)
+    if report.failed and launches is not None:
+        report.sections.append(("kernels launched", str(launches)))
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "CUDA error" in str(error):  # not the error of a test that forbids synchronisation
+                item.config.stash[DEVICE_LOST] = f"the device is lost to this process: {error}"
+                report.sections.append(("device", item.config.stash[DEVICE_LOST]))
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _recorded_launches(request):
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from tests.support.kernels.launches import LastLaunches  # which imports Triton
+
+    launches = request.node.stash[LAUNCHES] = LastLaunches()
+    with launches.recorded():
+        yield
 
 
 @pytest.fixture(params=PLACES)

@@ -82,7 +82,7 @@ def test_value_norms_and_weight_gradients(place, critic, options):
         torch.manual_seed(3)
         penalty, norms = function(critic, real, fake, return_norms=True, **options, **extra)
         weights = gradients(penalty, critic.parameters())
-        results.append((penalty, norms, *weights, torch.rand(1)))
+        results.append((penalty, norms, *weights, torch.rand(1, device=place.device)))
     assert_same(*results)
 
 

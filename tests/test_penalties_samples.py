@@ -67,7 +67,7 @@ def test_several_tensors_have_one_alpha_and_one_norm(place, structure, options):
         torch.manual_seed(3)
         penalty, norms = function(recording_critic, real, fake, return_norms=True, **options, **extra)
         weights = gradients(penalty, critic.parameters())
-        results.append((penalty, norms, *weights, torch.rand(1)))
+        results.append((penalty, norms, *weights, torch.rand(1, device=place.device)))
     assert_same(*results)
     assert types == [type(real)] * 2
 
@@ -139,8 +139,10 @@ def test_the_different_tensor_is_named():
 
 def packed_critic(group_size, width):
     """As in PacGAN: the samples of a group, side by side, are one row."""
-    layers = [torch.nn.Linear(group_size * width, 8), torch.nn.LeakyReLU(0.2), torch.nn.Dropout(0.5)]
-    network = torch.nn.Sequential(*layers, torch.nn.Linear(8, 1))
+    # So many that no group loses all of them to dropout, whatever a device draws: its gradient would be zero.
+    hidden = 40
+    layers = [torch.nn.Linear(group_size * width, hidden), torch.nn.LeakyReLU(0.2), torch.nn.Dropout(0.5)]
+    network = torch.nn.Sequential(*layers, torch.nn.Linear(hidden, 1))
     return lambda x: network(x.reshape(-1, group_size * width)), network
 
 
@@ -159,7 +161,7 @@ def test_a_group_has_one_alpha_and_one_norm(place, group_size, shape, options):
         critic, real, fake, group_size=group_size, return_norms=True, backend=place.backend, **options
     )
     grads = torch.autograd.grad(penalty.sum(), weights, materialize_grads=True)
-    after = torch.rand(1)
+    after = torch.rand(1, device=place.device)
 
     torch.manual_seed(5)
     alpha = torch.rand(6 // group_size, 1, 1, device=place.device).double()
@@ -172,7 +174,7 @@ def test_a_group_has_one_alpha_and_one_norm(place, group_size, shape, options):
     expected = expected if "reduction" in options else 10 * expected.mean()
     expected_grads = torch.autograd.grad(expected.sum(), weights, materialize_grads=True)
 
-    assert after.equal(torch.rand(1))
+    assert after.equal(torch.rand(1, device=place.device))
     assert_same((penalty, norms, *grads), (expected, expected_norms, *expected_grads))
 
 

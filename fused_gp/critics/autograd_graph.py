@@ -25,8 +25,8 @@ REDUCTIONS = ("ScatterReduce", "IndexReduce", "SegmentReduce")
 COMPILED = "CompiledFunctionBackward"
 REENTRANT = "CheckpointFunctionBackward"
 
-# The nodes that autograd puts where a backward has no derivative.
-NO_DERIVATIVE = ("torch::autograd::NotImplemented", "torch::autograd::Error")
+# The nodes that autograd puts where a backward has no derivative, and one whose own derivative is nothing but an error.
+NO_DERIVATIVE = ("torch::autograd::NotImplemented", "torch::autograd::Error", "CudnnRnnBackwardBackward0")
 
 _once_differentiable_code = once_differentiable(lambda ctx, *grads: grads).__code__
 

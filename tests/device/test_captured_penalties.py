@@ -55,6 +55,7 @@ def test_a_capture_refuses_directional():
         captured(lambda *xs: fused_gradient_penalty(critic, *xs, method="directional"), *samples)
 
 
+@pytest.mark.alone
 def test_penalty_compiled_with_reduce_overhead():
     """torch.compile's own CUDA graphs."""
     critic = mlp().double().cuda()

@@ -45,8 +45,8 @@ def test_interpolation_is_exact_at_both_ends(place, dtype):
 
 
 def test_alpha_per_sample_or_one_for_all(place):
-    real, fake = (torch.randn(4, 3, 5, device=place.device) for _ in range(2))
-    alpha = torch.rand(4, device=place.device)
+    real, fake = (torch.randn(4, 3, 5).to(place.device) for _ in range(2))
+    alpha = torch.rand(4).to(place.device)
     expected = interpolate(real, fake, alpha, backend=place.backend)
     for same in (alpha.view(4, 1, 1), alpha.double(), torch.stack([alpha, alpha], 1)[:, 0]):
         torch.testing.assert_close(interpolate(real, fake, same, backend=place.backend), expected)

@@ -67,7 +67,7 @@ def orders(function, gradients, upstream=None, **options):
 @pytest.mark.parametrize("eps", [0.0, 1e-50, 1e-12, 0.1])
 def test_a_zero_row_is_finite_and_changes_no_other(place, eps, form):
     """With eps = 0 its derivatives of every order are zero."""
-    gradients = torch.randn(4, 6, device=place.device) * 2
+    gradients = torch.randn(4, 6).to(place.device) * 2
     gradients[1] = 0
     ours = orders(gradient_norm_penalty, gradients, backend=place.backend, eps=eps, **form)
     # An eps of 1e-50 is zero in fp32.
@@ -132,7 +132,7 @@ def test_a_norm_on_the_target_has_value_and_gradient_zero(place, one_sided, weig
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_values_stay_in_their_row(place, bad, form):
     """They show in the norm of their own row, are never masked, and do not change gradients of other rows."""
-    gradients = torch.randn(3, 2100, device=place.device)
+    gradients = torch.randn(3, 2100).to(place.device)
     clean = orders(gradient_norm_penalty, gradients, backend=place.backend, **form)
     gradients[1, 2050] = bad
     penalty, norms, first, second, _ = orders(gradient_norm_penalty, gradients, backend=place.backend, **form)
@@ -183,7 +183,7 @@ def test_half_types_give_fp32_results_and_norms_are_detached(place):
 
 def test_more_rows_than_fit_one_tile(place):
     """In number and in partial sums."""
-    gradients = torch.randn(4099, 3, device=place.device) * 3
+    gradients = torch.randn(4099, 3).to(place.device) * 3
     ours = orders(gradient_norm_penalty, gradients, backend=place.backend)
     expected_results = orders(reference.gradient_norm_penalty, gradients.double())
     assert_near(ours[0], expected_results[0], torch.float32, 0)
@@ -193,7 +193,7 @@ def test_more_rows_than_fit_one_tile(place):
 @pytest.mark.parametrize("shape", [(3, 9001), (37, 17), (1200, 3)], ids=str)
 def test_repeated_calls_give_the_same_bits(place, shape):
     """Six calls: value, norms and both derivatives."""
-    gradients = torch.randn(shape, device=place.device)
+    gradients = torch.randn(shape).to(place.device)
     first = orders(gradient_norm_penalty, gradients, backend=place.backend)
     for _ in range(5):
         for one, two in zip(first, orders(gradient_norm_penalty, gradients, backend=place.backend), strict=True):

@@ -11,8 +11,8 @@ from tests.support.tolerances import assert_near, table_row
 @pytest.mark.parametrize("form", [{}, {"squared": True}, {"one_sided": True, "reduction": "none"}], ids=str)
 def test_joint_norm_of_mixed_types_and_long_rows(place, dtypes, form):
     """Sums in the wider accumulation type, gradients in each tensor's own type; rows split over programs."""
-    narrow = (torch.randn(3, 4, device=place.device) * 2).to(dtypes[0])
-    long = (torch.randn(3, 9001, device=place.device) / 30).to(dtypes[1])
+    narrow = (torch.randn(3, 4) * 2).to(place.device, dtypes[0])
+    long = (torch.randn(3, 9001) / 30).to(place.device, dtypes[1])
     results = []
     for function, cast, extra in (
         (gradient_norm_penalty, lambda t: t, {"backend": place.backend}),

@@ -40,12 +40,12 @@ def assert_same_to_second_order(options, gradients, place):
 
 
 def assert_interpolation_to_second_order(place, shape, dtype):
-    """Value, the three first derivatives, and the derivatives of those."""
-    real, fake = (torch.randn(shape, device=place.device).to(dtype).requires_grad_() for _ in range(2))
-    alpha = torch.rand(shape[0], device=place.device).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    cotangent = torch.randn(shape, device=place.device).to(dtype)
-    second_cotangents = [torch.randn(shape, device=place.device).to(dtype) for _ in range(2)]
-    second_cotangents.append(torch.randn(shape[0], device=place.device).bfloat16())
+    """Value, the three first derivatives, and the derivatives of those. The numbers are the same on every device."""
+    real, fake = (torch.randn(shape).to(place.device, dtype).requires_grad_() for _ in range(2))
+    alpha = torch.rand(shape[0]).to(place.device, torch.promote_types(dtype, torch.float32)).requires_grad_()
+    cotangent = torch.randn(shape).to(place.device, dtype)
+    second_cotangents = [torch.randn(shape).to(place.device, dtype) for _ in range(2)]
+    second_cotangents.append(torch.randn(shape[0]).to(place.device, torch.bfloat16))
 
     def orders(function, cast, **options):
         real_, fake_, alpha_, cotangent_ = (cast(t).detach().requires_grad_() for t in (real, fake, alpha, cotangent))

@@ -40,11 +40,11 @@ class Outcome(NamedTuple):
     state: torch.Tensor  # of the random number generators, afterwards
 
 
-def outcome_of(penalty_function, critic, real, fake, **on):
+def outcome_of(penalty_function, critic, real, fake, *, seed=7, **on):
     """Of a function of critic, real and fake, under one seed."""
     device = next(critic.parameters()).device.type
-    torch.manual_seed(7)
-    np.random.seed(7)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
     returned = penalty_function(critic, real, fake, **on)
     values = list(returned) if isinstance(returned, tuple) else [returned]
     gradients = torch.autograd.grad(values[0], list(critic.parameters()), materialize_grads=True)

@@ -30,21 +30,45 @@ def assert_near(actual, expected, row, order, scale=0.0):
     """
     assert actual.shape == expected.shape
     assert expected.dtype == torch.float64
-    actual = actual.detach().double().cpu()
-    expected = expected.detach().cpu()
-    torch.testing.assert_close(actual.isfinite(), expected.isfinite(), msg="finite at other places")
+    what, actual = f"order {order} by the row {row} of the table", actual.detach()
+    values, expected = actual.to(expected.device, torch.float64), expected.detach()
     finite = expected.isfinite()
+    moved = values.isfinite() != finite
+    assert not moved.any(), f"{what}: finite at other places: {differences(actual, expected, moved)}"
     if not finite.any():
         return
-    error = (actual - expected)[finite].abs().max().item()
+    errors = (values - expected).abs().where(finite, 0.0)
     scale = max(scale, expected[finite].abs().max().item())
-    assert error <= TOLERANCE[row][order] * scale, f"error {error:.3g}, the largest element being {scale:.3g}"
+    tolerance = TOLERANCE[row][order] * scale
+    assert errors.max().item() <= tolerance, (
+        f"{what}: error {errors.max().item():.3g}, the largest element being {scale:.3g}: "
+        f"{differences(actual, expected, errors > tolerance)}"
+    )
+
+
+def differences(actual, expected, differ, most=8):
+    """How many elements differ, and the first of them: enough to find the cause without the device."""
+    places = [tuple(index) for index in differ.nonzero()[:most].tolist()]
+    head = f"{differ.sum().item()} of {differ.numel()} elements of {actual.dtype} {tuple(actual.shape)}"
+    return "\n    ".join([head, *[f"{at}: {actual[at].item()!r}, expected {expected[at].item()!r}" for at in places]])
 
 
 def assert_same(actual, expected, *, rtol=1e-10, atol=1e-12):
     """Two sequences of fp64 tensors, computed by other operations or in another order."""
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(one, other, rtol, atol, f"tensor {index}")
+
+
+def assert_close(actual, expected, rtol, atol, what):
+    """torch's own comparison, whose message has no numbers."""
+
+    def with_numbers(text):
+        if actual.shape != expected.shape or actual.device != expected.device:
+            return f"{what}: {text}"
+        far = ~torch.isclose(actual.to(expected.dtype), expected, rtol=rtol, atol=atol)
+        return f"{what}: {text}\n{differences(actual, expected, far)}"
+
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=with_numbers)
 
 
 def assert_same_sums(actual, expected):
@@ -55,5 +79,5 @@ def assert_same_sums(actual, expected):
 def assert_near_the_largest(actual, expected, tolerance):
     """Gradients of several weights, with errors of at most a part of the largest element of them all."""
     largest = max(gradient.abs().max().item() for gradient in expected)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=tolerance * largest)
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(one, other, 0, tolerance * largest, f"gradient {index}")

@@ -103,14 +103,19 @@ def package_penalty(critic, real, fake, **on):
 
 @pytest.mark.parametrize(("mistaken", "margin", "make_critic", "shapes"), MISTAKES)
 def test_the_mistake_changes_the_value(place, mistaken, margin, make_critic, shapes):
-    """By more than the margin; the package has the value and gradients of the reference."""
+    """By more than the margin, at one of a few seeds: by chance, alpha gives nearly the right value at one in twenty.
+    The package has the value and gradients of the reference."""
     critic = make_critic().eval().to(place.device, torch.float64)
     real, fake = real_and_fake(shapes, torch.float64, place.device)
-    wrong = outcome_of(mistaken, critic, real, fake)
     expected = outcome_of(reference_penalty, critic, real, fake)
     actual = outcome_of(package_penalty, critic, real, fake, backend=place.backend)
     assert_same_outcome(actual, expected)
-    assert (wrong.values[0] - actual.values[0]).abs() > margin * actual.values[0]
+    changes = []
+    for seed in range(5):
+        functions = (mistaken, reference_penalty)
+        wrong, right = (outcome_of(each, critic, real, fake, seed=seed).values[0].item() for each in functions)
+        changes.append(abs(wrong / right - 1))
+    assert max(changes) > margin
 
 
 def same_within_a_sample(alpha):
@@ -171,6 +176,7 @@ def test_without_epsilon_a_zero_gradient_gives_nan(place):
     critic = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)).double().to(place.device)
     real, fake = real_and_fake((5, 4), torch.float64, place.device)
     with torch.no_grad():
+        critic[0].weight.mul_(8)
         critic[0].bias.fill_(-1)
         real[2] = fake[2] = 0  # no unit is active here
     torch.manual_seed(7)

@@ -1,7 +1,7 @@
 """A prototype of attention's second backward, to find the blocks, warps and stages with which a device runs it best.
 
-With S = s Q K', P = exp(S - L), L the logarithm of the sum of each row of exp(S), D the sums over rows of dO o O, and A,
-B, C the cotangents of dQ, dK, dV (a dash transposes, o multiplies element by element):
+With S = s Q K', P = exp(S - L), L the logarithm of the sum of each row of exp(S), D the sums over rows of dO o O, and
+A, B, C the cotangents of dQ, dK, dV (a dash transposes, o multiplies element by element):
 
     T  = s (A K' + Q B')        t = sum P o T          dP = dO V'          dS = P o (dP - D)
     G  = (dP - D) o (T - t) + dO C'                    g  = sum P o G      H  = P o (G - g)
@@ -31,9 +31,9 @@ def product(a, b):
 
 
 @triton.jit
-def terms(q, k, v, do, a, b, c, l, d, columns, n, scale):
+def terms(q, k, v, do, a, b, c, lse, d, columns, n, scale):
     # P, T, dP - D and dO C' of a block of rows and one of columns. Past the last column P is zero.
-    p = tl.exp2(product(q, tl.trans(k)) * (scale * LOG2E) - l[:, None] * LOG2E)
+    p = tl.exp2(product(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None] * LOG2E)
     p = tl.where((columns < n)[None, :], p, 0.0)
     t = (product(a, tl.trans(k)) + product(q, tl.trans(b))) * scale
     return p, t, product(do, tl.trans(v)) - d[:, None], product(do, tl.trans(c))
@@ -41,21 +41,21 @@ def terms(q, k, v, do, a, b, c, l, d, columns, n, scale):
 
 @triton.jit
 def row_sums_kernel(
-    q_, k_, v_, do_, a_, b_, c_, l_, d_, t_, g_, n, scale, SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    q_, k_, v_, do_, a_, b_, c_, lse_, d_, t_, g_, n, scale, SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     head = tl.program_id(1).to(tl.int64) * n
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = head * SIZE
     q, do, a = load(q_ + first, rows, n, SIZE), load(do_ + first, rows, n, SIZE), load(a_ + first, rows, n, SIZE)
     # Past the last row L is infinite, so that P is zero.
-    l = tl.load(l_ + head + rows, mask=rows < n, other=float("inf"))
+    lse = tl.load(lse_ + head + rows, mask=rows < n, other=float("inf"))
     d = tl.load(d_ + head + rows, mask=rows < n, other=0.0)
     t, g = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for begin in range(0, n, COLS):
         columns = begin + tl.arange(0, COLS)
         k, v = load(k_ + first, columns, n, SIZE), load(v_ + first, columns, n, SIZE)
         b, c = load(b_ + first, columns, n, SIZE), load(c_ + first, columns, n, SIZE)
-        p, t_part, dp, doc = terms(q, k, v, do, a, b, c, l, d, columns, n, scale)
+        p, t_part, dp, doc = terms(q, k, v, do, a, b, c, lse, d, columns, n, scale)
         t += tl.sum(p * t_part, axis=1)
         g += tl.sum(p * (dp * t_part + doc), axis=1)  # sum P o (dP - D) is zero, and so t needs not be known
     tl.store(t_ + head + rows, t, mask=rows < n)
@@ -64,14 +64,14 @@ def row_sums_kernel(
 
 @triton.jit
 def rows_kernel(
-    q_, k_, v_, do_, a_, b_, c_, l_, d_, t_, g_, for_do_, for_q_, n, scale,
+    q_, k_, v_, do_, a_, b_, c_, lse_, d_, t_, g_, for_do_, for_q_, n, scale,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64) * n
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = head * SIZE
     q, do, a = load(q_ + first, rows, n, SIZE), load(do_ + first, rows, n, SIZE), load(a_ + first, rows, n, SIZE)
-    l = tl.load(l_ + head + rows, mask=rows < n, other=float("inf"))
+    lse = tl.load(lse_ + head + rows, mask=rows < n, other=float("inf"))
     d = tl.load(d_ + head + rows, mask=rows < n, other=0.0)
     t = tl.load(t_ + head + rows, mask=rows < n, other=0.0)
     g = tl.load(g_ + head + rows, mask=rows < n, other=0.0)
@@ -80,7 +80,7 @@ def rows_kernel(
         columns = begin + tl.arange(0, COLS)
         k, v = load(k_ + first, columns, n, SIZE), load(v_ + first, columns, n, SIZE)
         b, c = load(b_ + first, columns, n, SIZE), load(c_ + first, columns, n, SIZE)
-        p, t_part, dp, doc = terms(q, k, v, do, a, b, c, l, d, columns, n, scale)
+        p, t_part, dp, doc = terms(q, k, v, do, a, b, c, lse, d, columns, n, scale)
         bent = t_part - t[:, None]
         h = p * (dp * bent + doc - g[:, None])
         for_do += product((p * bent).to(v.dtype), v) + product(p.to(c.dtype), c)
@@ -92,7 +92,7 @@ def rows_kernel(
 
 @triton.jit
 def columns_kernel(
-    q_, k_, v_, do_, a_, b_, c_, l_, d_, t_, g_, for_k_, for_v_, n, scale,
+    q_, k_, v_, do_, a_, b_, c_, lse_, d_, t_, g_, for_k_, for_v_, n, scale,
     SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     # As above with the two changed about: ROWS columns stay, and blocks of COLS rows pass.
@@ -105,11 +105,11 @@ def columns_kernel(
     for begin in range(0, n, COLS):
         rows = begin + tl.arange(0, COLS)
         q, do, a = load(q_ + first, rows, n, SIZE), load(do_ + first, rows, n, SIZE), load(a_ + first, rows, n, SIZE)
-        l = tl.load(l_ + head + rows, mask=rows < n, other=float("inf"))
+        lse = tl.load(lse_ + head + rows, mask=rows < n, other=float("inf"))
         d = tl.load(d_ + head + rows, mask=rows < n, other=0.0)
         t = tl.load(t_ + head + rows, mask=rows < n, other=0.0)
         g = tl.load(g_ + head + rows, mask=rows < n, other=0.0)
-        p, t_part, dp, doc = terms(q, k, v, do, a, b, c, l, d, columns, n, scale)
+        p, t_part, dp, doc = terms(q, k, v, do, a, b, c, lse, d, columns, n, scale)
         bent = t_part - t[:, None]
         h = p * (dp * bent + doc - g[:, None])
         for_v += product(tl.trans((p * bent).to(do.dtype)), do)
@@ -125,7 +125,7 @@ KERNELS = {"row sums": row_sums_kernel, "rows": rows_kernel, "columns": columns_
 def launch(
     name: str, given: tuple[Tensor, ...], out: list[Tensor], scale: float, rows: int, cols: int, warps: int, stages: int
 ) -> list[Tensor]:
-    """Of contiguous (heads, N, size): q, k, v, do, a, b, c, and (heads, N): l, d, and for the latter two t, g."""
+    """Of contiguous (heads, N, size): q, k, v, do, a, b, c, and (heads, N): lse, d, and for the latter two t, g."""
     heads, n, size = given[0].shape
     KERNELS[name][(triton.cdiv(n, rows), heads)](
         *given, *out, n, scale, SIZE=size, ROWS=rows, COLS=cols, num_warps=warps, num_stages=stages

@@ -55,7 +55,9 @@ class Run:
 
     def phases(self, every: list[Phase]) -> None:
         with (self.out / LOG).open("ab") as log, tempfile.TemporaryDirectory() as cache:
-            compiled = {"TORCHINDUCTOR_CACHE_DIR": str(Path(cache) / "inductor")}
+            # What is compiled beside the tests is found by the phases after them. As many threads for all: a pool of
+            # sixteen processes for each of those that compile would take longer to start than it saves.
+            compiled = {"TORCHINDUCTOR_CACHE_DIR": str(Path(cache) / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "4"}
             environment = os.environ | compiled | {"PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
             environment.pop("TRITON_INTERPRET", None)
             try:
@@ -63,7 +65,7 @@ class Run:
                     if phase.beside:
                         self.start([*phase.command, *until(self.left)], log, environment)
                         continue
-                    if phase.timed:
+                    if phase.alone:
                         self.stop()
                     weights = [later.weight for later in every[at:]]
                     self.phase(phase, self.left * phase.weight / sum(weights), log, environment)
@@ -86,7 +88,7 @@ class Run:
             remaining = limit - (time.monotonic() - begin)
             log.write(f"\n===== {phase.name}, start {starts}\n".encode())
             log.flush()
-            process = self.start([*phase.command, *(until(remaining) if phase.timed else [])], log, environment)
+            process = self.start([*phase.command, *(until(remaining) if phase.measures else [])], log, environment)
             try:
                 status = process.wait(max(1.0, remaining))
             except subprocess.TimeoutExpired:
@@ -98,7 +100,7 @@ class Run:
                 state["state"] = DONE
             elif status == FAILED:
                 state["state"] = WRONG
-            elif phase.timed and (status == START_AGAIN or status < 0) and limit > time.monotonic() - begin:
+            elif phase.measures and (status == START_AGAIN or status < 0) and limit > time.monotonic() - begin:
                 continue
             else:
                 state["state"] = f"{BROKEN} {status}"

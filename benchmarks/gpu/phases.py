@@ -15,8 +15,9 @@ class Phase(NamedTuple):
     weight: float  # about the seconds it takes on a device; of the time that is left, it has as large a share at most
     command: list[str]
     file: str  # of what it finds; none if it only prepares
-    beside: bool = False  # starts with the next phase, and is ended where the first one begins that is timed
-    timed: bool = False
+    beside: bool = False  # starts with the next phase, and is ended where the first one begins that is to be alone
+    alone: bool = False  # on the device
+    measures: bool = False  # by `benchmarks.gpu.measure`, which ends by itself, and goes on where it was when it died
 
 
 def phases(out: Path, device: str) -> list[Phase]:
@@ -32,15 +33,15 @@ def phases(out: Path, device: str) -> list[Phase]:
     warm = [
         Phase(
             f"compile {part}", "compile beside the tests", 0,
-            [*measure, os.devnull, "ops", "penalties", "experiments", "--first-calls", f"{part}/{compilers}"],
+            [*measure, os.devnull, "penalties", "ops", "experiments", "--first-calls", f"{part}/{compilers}"],
             "", beside=True,
         )
         for part in range(compilers)
     ]  # fmt: skip
     alone = [*tests, "-m", "gpu and alone", "tests/device"]
 
-    def timed(name: str, title: str, weight: float, file: str, *words: str) -> Phase:
-        return Phase(name, title, weight, [*measure, str(out / file), *words], file, timed=True)
+    def measured(name: str, title: str, weight: float, file: str, *words: str) -> Phase:
+        return Phase(name, title, weight, [*measure, str(out / file), *words], file, alone=True, measures=True)
 
     return [
         Phase(
@@ -54,9 +55,9 @@ def phases(out: Path, device: str) -> list[Phase]:
             [*tests, "-p", "xdist", "-n", str(workers), "--dist", "loadgroup", "-m", "gpu and not alone"],
             "tests.jsonl",
         ),
-        Phase("tests alone", "those that need the device by themselves", 40, alone, "tests.jsonl"),
-        timed("ops", "the ops against peers and copying", 55, "ops.json", "ops"),
-        timed("penalties", "whole penalties", 70, "penalties.json", "penalties", "--eager"),
-        timed("experiments", "experiments whose answer decides code", 40, "experiments.json", "experiments"),
-        timed("compiled", "whole penalties under torch.compile", 60, "penalties.json", "penalties", "--compiled"),
+        Phase("tests alone", "those that need the device by themselves", 40, alone, "tests.jsonl", alone=True),
+        measured("ops", "the ops against peers and copying", 55, "ops.json", "ops"),
+        measured("penalties", "whole penalties", 70, "penalties.json", "penalties", "--eager"),
+        measured("experiments", "experiments whose answer decides code", 40, "experiments.json", "experiments"),
+        measured("compiled", "whole penalties under torch.compile", 60, "penalties.json", "penalties", "--compiled"),
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """A plugin of pytest: a line of JSON for every test, written as it ends, so that a run that is killed leaves them.
 
 A device that has failed once, by an illegal address say, fails every later test of its process. So the process ends
-there, pytest-xdist starts another, and the tests after that one count again.
+there; pytest-xdist starts another, in which the tests after that one count again.
 """
 
 import json
@@ -27,8 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # of several processes, the one that hears of all tests
         config.pluginmanager.register(Record(config.getoption("--record")))
-    else:
-        config.pluginmanager.register(BrokenDevice())
+    config.pluginmanager.register(BrokenDevice())
 
 
 class Record:
@@ -67,6 +66,8 @@ class BrokenDevice:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             try:
                 torch.cuda.synchronize()
-            except RuntimeError:
-                os._exit(1)
+            except RuntimeError as error:
+                if hasattr(item.config, "workerinput"):
+                    os._exit(1)
+                item.session.shouldstop = f"the device is lost to this process: {error}"
         return done

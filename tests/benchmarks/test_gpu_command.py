@@ -88,11 +88,11 @@ def test_a_measuring_process_that_dies_is_started_again(tmp_path, end, starts):
         f"import os, sys\npath = {str(tmp_path / 'count')!r}\nwith open(path, 'a') as file: file.write('x')\n"
         f"if len(open(path).read()) < 3: {end}\n"
     )
-    (found,) = states(tmp_path, [Phase("ops", "ops", 1, python(program), "", timed=True)])
+    (found,) = states(tmp_path, [Phase("ops", "ops", 1, python(program), "", measures=True)])
     assert (found["state"], found["starts"]) == ("done" if starts == 3 else "something failed", starts)
 
 
-def test_what_runs_beside_the_tests_is_ended_before_anything_is_timed(tmp_path):
+def test_what_runs_beside_the_tests_is_ended_before_a_phase_is_alone(tmp_path):
     """With the processes that it has started itself."""
     pids = tmp_path / "pids"
     endless = f"import os, time; open({str(pids)!r}, 'a').write(f'{{os.getpid()}} '); time.sleep(60)"
@@ -108,7 +108,7 @@ def test_what_runs_beside_the_tests_is_ended_before_anything_is_timed(tmp_path):
     every = [
         Phase("beside", "", 0, python(beside), "", beside=True),
         Phase("tests", "tests", 1, python(alive), ""),
-        Phase("ops", "ops", 1, python(dead), "", timed=True),
+        Phase("ops", "ops", 1, python(dead), "", alone=True),
     ]
     assert [state["state"] for state in states(tmp_path, every)] == ["done", "done"]
 
@@ -170,9 +170,10 @@ def test_the_phases_of_a_device_stand_in_the_order_of_their_worth(tmp_path):
         "device", "tests", "tests alone", "ops", "penalties", "experiments", "compiled",
     ]  # fmt: skip
     assert len({phase.file for phase in every if phase.file}) + len([RUN, "log.txt"]) <= 8
-    first_timed = next(at for at, phase in enumerate(every) if phase.timed)
-    assert all(phase.timed for phase in every[first_timed:])
-    assert all(at < first_timed for at, phase in enumerate(every) if phase.beside)
+    alone = next(at for at, phase in enumerate(every) if phase.alone)
+    assert all(phase.alone for phase in every[alone:])
+    assert all(at < alone for at, phase in enumerate(every) if phase.beside)
+    assert {phase.name for phase in every if phase.measures} == {"ops", "penalties", "experiments", "compiled"}
 
 
 def test_a_checkout_that_is_not_installed_finds_the_kernels(tmp_path):

@@ -1,9 +1,12 @@
 """What a test that fails on a device tells: enough to find the cause where there is no device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fused_gp import gradient_norm_penalty
+from tests import conftest
 from tests.device.test_sizes import assert_all_are
 from tests.support.kernels.on_device import assert_equal_bits
 from tests.support.tolerances import assert_near, assert_same
@@ -75,3 +78,17 @@ def test_the_last_launches():
     assert "rows=3, width=5, tiles=1, " in forward
     assert "ONE_SIDED=True, SQUARED=False, LAST=True, REDUCE=True" in forward
     assert backward.startswith("scale_rows_kernel, 1 programs: ")
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_the_report_of_a_failure_on_a_device_has_them(failed):
+    item = SimpleNamespace(stash=pytest.Stash())
+    item.stash[conftest.LAUNCHES] = launches.LastLaunches()
+    report = SimpleNamespace(failed=failed, sections=[])
+    hook = conftest.pytest_runtest_makereport(item, None)
+    next(hook)
+    with pytest.raises(StopIteration):
+        hook.send(report)
+    assert [title for title, text in report.sections if "the last 0 of 0 launches" in text] == (
+        ["kernels launched"] if failed else []
+    )

@@ -66,6 +66,7 @@ class CorrectnessCheck:
         except Exception as failure:
             if is_ours(name) and not self.keep_going:
                 raise
-            traceback.print_exc()
+            if self.keep_going:
+                traceback.print_exc()  # there may be no other occasion to see it
             return None, row | {"failed": first_line(failure)}
         return entry.step, row

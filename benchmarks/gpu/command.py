@@ -29,6 +29,7 @@ from benchmarks.report import device_run
 LOG = "log.txt"
 PATIENCE = 3.0  # seconds to end after a signal, before it is killed
 LEAST = 20  # seconds of a budget: importing torch takes that in all
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of each process beside others
 RUNNING, DONE, INTERRUPTED = "running", "done", "interrupted"
 WRONG, CUT_OFF, BROKEN = "something failed", "cut off at its limit", "ended with status"
 
@@ -63,7 +64,7 @@ class Run:
             try:
                 for at, phase in enumerate(every):
                     if phase.beside:
-                        self.start([*phase.command, *until(self.left)], log, environment)
+                        self.start([*phase.command, *until(self.left)], log, environment | ONE_THREAD)
                         continue
                     if phase.alone:
                         self.stop()
@@ -88,7 +89,8 @@ class Run:
             remaining = limit - (time.monotonic() - begin)
             log.write(f"\n===== {phase.name}, start {starts}\n".encode())
             log.flush()
-            process = self.start([*phase.command, *(until(remaining) if phase.measures else [])], log, environment)
+            words = [*phase.command, *(until(remaining) if phase.measures else [])]
+            process = self.start(words, log, environment if phase.alone else environment | ONE_THREAD)
             try:
                 status = process.wait(max(1.0, remaining))
             except subprocess.TimeoutExpired:

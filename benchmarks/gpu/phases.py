@@ -38,6 +38,7 @@ def phases(out: Path, device: str) -> list[Phase]:
         )
         for part in range(compilers)
     ]  # fmt: skip
+    some = [] if device != "cpu" else ["tests/device", "tests/ops"]  # a rehearsal, in which all of them are skipped
     alone = [*tests, "-m", "gpu and alone", "tests/device"]
 
     def measured(name: str, title: str, weight: float, file: str, *words: str) -> Phase:
@@ -52,7 +53,7 @@ def phases(out: Path, device: str) -> list[Phase]:
         *warm,
         Phase(
             "tests", "the tests marked gpu, in parallel", 115,
-            [*tests, "-p", "xdist", "-n", str(workers), "--dist", "loadgroup", "-m", "gpu and not alone"],
+            [*tests, "-p", "xdist", "-n", str(workers), "--dist", "loadgroup", "-m", "gpu and not alone", *some],
             "tests.jsonl",
         ),
         Phase("tests alone", "those that need the device by themselves", 40, alone, "tests.jsonl", alone=True),

@@ -126,7 +126,7 @@ def picture(file: str) -> bool:
     return file not in {name.format(device="cpu") for name in results.FILES} - {"cpu"}
 
 
-def draw(path: Path) -> None:
+def draw(path: Path, mark: str = "") -> None:
     """The page of pictures, beside the rows."""
     if not picture(path.stem):
         return
@@ -135,7 +135,7 @@ def draw(path: Path) -> None:
         return
     from benchmarks.report import pictures
 
-    if pictures.draw(results.load(path), path.with_suffix(".png")):
+    if pictures.draw(results.load(path), path.with_suffix(".png"), mark):
         print(f"pictures: {path.with_suffix('.png')}")
     else:
         print("no pictures: they are of fp32, of the two ops together and of critics")
@@ -181,7 +181,7 @@ def rehearse(run: DeviceRun, folder: Path) -> None:
     """The same as for a device, and marked: not where the committed runs are."""
     path = folder / "rehearsal.json"
     run.save(path)
-    draw(path)
+    draw(path, "REHEARSAL ON A CPU, NO MEASUREMENT\n")
     nothing: Runs = {name: [] for name in results.committed()}
     text = page(nothing, {path.stem: run}).replace(f"../benchmarks/results/{path.stem}.png", f"{path.stem}.png")
     (folder / PAGE.name).write_text(f"{REHEARSAL}\n{text}")

@@ -10,7 +10,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.names import BOTH, COMPILED, COMPILED_CALL, COMPILED_OPS, COPIES, OURS, SNIPPET, TIDY
+from benchmarks.names import BOTH, COMPILED, COMPILED_CALL, COMPILED_OPS, COPIES, OURS, SNIPPET, TIDY, is_ours
 from benchmarks.report.case_rows import CaseRows, Row, by_case
 
 PEERS = {
@@ -22,8 +22,8 @@ MOST_PEAKS = 4  # panels of peak memory, those with the most
 COLOURS = {OURS: "#d1495b", COMPILED: "#8c1c13", COPIES: "#000000"} | PEERS
 
 
-def draw(rows: list[Row], path: Path) -> bool:
-    """Whether any of the rows are such that a picture shows."""
+def draw(rows: list[Row], path: Path, mark: str = "") -> bool:
+    """Whether any of the rows are such that a picture shows. The mark stands above all."""
     every = by_case(rows)
     every = [case for case in every if case.suite != "experiments"]
     one = [case for case in every if case.dtype == "float32" and (case.suite != "ops" or case.name == BOTH)]
@@ -40,12 +40,16 @@ def draw(rows: list[Row], path: Path) -> bool:
     top, middle, bottom = parts
     about = rows[0]
     figure.suptitle(
-        f"Measured on {about['machine']}\n{about['versions']}; commit {about['commit']}, {about['date']}", fontsize=10
+        f"{mark}Measured on {about['machine']}\n{about['versions']}; commit {about['commit']}, {about['date']}",
+        fontsize=10,
     )
     both = ((ops, "the two ops, forward and backward"), (calls, "with a critic; a training step"))
     panels = [(some, title) for some, title in both if some]
     for axes, (some, title) in zip(top.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        ratios(axes, some, title)
+        if some is calls and by_hand(every):
+            ways(axes, by_hand(every))
+        else:
+            ratios(axes, some, title)
     if ops:
         sizes(middle.subplots(), ops)
     if has_memory:
@@ -54,6 +58,40 @@ def draw(rows: list[Row], path: Path) -> bool:
     figure.savefig(path, dpi=90)
     plt.close(figure)
     return True
+
+
+def by_hand(cases: list[CaseRows]) -> list[CaseRows]:
+    """Those of which every way is compared with the lines by hand, as on a device."""
+    return [
+        case
+        for case in cases
+        if case.suite == "penalties" and any(f"over {SNIPPET}" in row for row in case.rows.values())
+    ]
+
+
+def ways(axes: Axes, cases: list[CaseRows]) -> None:
+    """Bars of the time by hand over that of each way of ours; beyond the line ours is faster."""
+    every = list(dict.fromkeys(name for case in cases for name in case.rows if is_ours(name)))
+    shades = mpl.colormaps["plasma"]
+    colours = {name: shades(at / max(1, len(every))) for at, name in enumerate(every)}
+    place, ticks = 0.0, []
+    for case in cases:
+        start = place
+        for name in every:
+            found = case.rows.get(name, {}).get(f"over {SNIPPET}")
+            if found is not None:
+                axes.barh(place, 1 / found[0], 0.9, color=colours[name], label=name)
+                place += 1
+        ticks.append(((start + place - 1) / 2, f"{case.name}\n{case.size}"))
+        place += 1
+    axes.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("time by hand / time of the way")
+    axes.set_title("the whole penalty, and its backward to the weights", fontsize=11)
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(unique.values(), unique.keys(), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2)
 
 
 def largest_peak(case: CaseRows) -> float:

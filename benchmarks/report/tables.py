@@ -78,7 +78,7 @@ def ops(cases: list[CaseRows]) -> list[Table]:
 
 
 def penalties(cases: list[CaseRows]) -> list[Table]:
-    if any("device_ms" in row for case in cases for row in case.rows.values()):
+    if any(f"over {SNIPPET}" in row for case in cases for row in case.rows.values()):
         return [ways(cases)]
     rows = [
         {

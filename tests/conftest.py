@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.compiling import Graphs
+from tests.support.kernels import interpreter
 from tests.support.places import PLACES
 
 
@@ -17,6 +18,7 @@ def pytest_configure(config):
     assert "triton" not in sys.modules
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        interpreter.mend()
 
 
 def pytest_runtest_setup(item):

@@ -86,7 +86,9 @@ def _poisoned_memory(request, monkeypatch):
     def poisoned(make):
         def wrapper(*args, **kwargs):
             tensor = make(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))  # detached, since autograd refuses a write to a leaf
+            return tensor
 
         return wrapper
 

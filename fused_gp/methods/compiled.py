@@ -69,7 +69,7 @@ def compute_penalty(call: CriticCall, points: Sequence[Tensor], critic: Critic) 
     dtype = accumulation_type(*[x.dtype for x in points])
     upstream = None if scale is None else form.scale * scale.to(dtype).reshape(1)
     try:
-        with _hooks_refused(), _everything_kept():
+        with _hooks_refused(), _everything_kept(), _parameters_checked():
             plain_call = call._replace(
                 critic=critic.function, args=args, kwargs=kwargs, grad_scale=scale, form=plain, ops=reference
             )
@@ -152,6 +152,17 @@ def _everything_kept() -> Any:
     the vectors of spectral norm after their update, and the gradients are silently wrong."""
     config = torch._functorch.config
     return nullcontext() if config.activation_memory_budget == 1 else config.patch(activation_memory_budget=1.0)
+
+
+_CHECKS_PARAMETERS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12)
+
+
+def _parameters_checked() -> Any:
+    """Before 2.12 torch uses a graph again as long as the modules hold the same parameters, also where these have been
+    frozen or thawed since: the thawed ones would silently be left without a gradient."""
+    if _CHECKS_PARAMETERS:
+        return nullcontext()
+    return torch._dynamo.config.patch(skip_tensor_guards_with_matching_dict_tags=False)
 
 
 _HOOKED = "method='compiled' refuses hooks on saved tensors"

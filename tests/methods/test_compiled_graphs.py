@@ -66,11 +66,11 @@ def test_other_numbers_in_tensors_need_no_other_graph(compiled_graphs):
 
 
 def test_each_mode_of_the_critic_has_one_graph(compiled_graphs):
-    """Training and evaluation, frozen and trainable."""
+    """Training and evaluation, frozen and trainable: the graph of a frozen layer would lose its gradient."""
     doubled = WithForward(lambda net, x: net(2 * x if doubled.training else x))
     for _ in range(2):
         for training in (True, False):
-            for thawed in (True, False):
+            for thawed in (False, True):
                 doubled.train(training)
                 doubled.net[0].requires_grad_(thawed)
                 assert_exact_of(doubled, *vectors())

@@ -21,6 +21,9 @@ import triton.language as tl
 from fused_gp import arguments, kernels
 from fused_gp.form import accumulation_type
 from fused_gp.kernels import launch, tiles
+from tests.support.kernels import interpreter
+
+interpreter.mend()
 
 PAGE = mmap.PAGESIZE
 BORDER = 0xFF  # in every byte: NaN in each of the floating types

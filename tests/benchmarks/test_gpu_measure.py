@@ -16,6 +16,7 @@ from benchmarks import checkout, cold, launches, results
 from benchmarks.cases import experiments, ops
 from benchmarks.cases.ops import OpCase
 from benchmarks.correctness import CorrectnessCheck
+from benchmarks.gpu import device as first_phase
 from benchmarks.gpu import measure
 from benchmarks.names import COMPILED, COMPILED_CALL, OURS, PLANNED, SNIPPET, TODAY
 from benchmarks.peers import PEERS, Implementation
@@ -122,6 +123,7 @@ DIES = """
 import os, sys, time
 from pathlib import Path
 from benchmarks.cases.ops import OpCase
+from benchmarks.gpu import device as first_phase
 from benchmarks.gpu import measure
 class Dies(OpCase):
     def all_implementations(self):
@@ -171,6 +173,44 @@ def test_a_replay_is_of_many_calls_round_the_copies(device):
     assert [at for at, inside in calls if inside] == [0, 1, 2] * 4
     assert seconds() == pytest.approx(12e-3 / 12)
     assert device.CUDAGraph.return_value.replay.call_count == 2
+
+
+@pytest.fixture
+def stand_in(device, monkeypatch):
+    """A device whose memory is the CPU's."""
+    move = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda tensor, *args, **more: move(tensor, *["cpu" if str(a) == "cuda" else a for a in args], **more),
+    )
+    device.memory_allocated.return_value, device.max_memory_allocated.return_value = 10, 3_000_010
+    device.get_device_name.return_value = "a device"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.profiler.profile, "__enter__", lambda session: session)
+    monkeypatch.setattr(torch.profiler.profile, "__exit__", lambda *_: None)
+    monkeypatch.setattr(torch.profiler.profile, "events", lambda session: [])
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 3000.0)
+
+
+KINDS = {(case.suite, type(case).__name__): key for key, case in TINY.items() if case.shape[0] > 1}
+
+
+@pytest.mark.parametrize("key", KINDS.values(), ids=[f"{suite}-{kind}" for suite, kind in KINDS])
+def test_each_kind_of_case_goes_through_what_a_device_has(key, stand_in, tmp_path, one_thread):
+    """Copies of the inputs, replays, events, clocks, peak memory; with the signatures of torch.cuda."""
+    case = replace(TINY[key], compiling=False)
+    assert measure.measure([case], "cuda", time.time() + 60, tmp_path / "some.json", rounds=6) == 0
+    rows = results.load(tmp_path / "some.json")
+    timed = [row for row in rows if "ms" in row]
+    assert len(timed) >= 2
+    for row in timed:
+        assert row.keys() >= {"ms", "host_ms", "device_ms", "clocks", "machine", "versions", "commit", "driver"}
+        assert (row["peak_mb"], row["device"]) == (3.0, "cuda")
+        if case.bytes_moved():
+            assert row["device_ms"][0] < 1.2 + 1e-6  # by replays of ten calls or more
+            assert row["gb_s"] > 0
+    assert all("failed" not in row for row in rows)
 
 
 @pytest.mark.parametrize(("size", "number"), [(10, 64), (5_000_000, 30), (70_000_000, 3), (10**9, 2)])
@@ -256,3 +296,33 @@ def test_the_ops_of_a_device_are_those_of_a_cpu_and_larger():
     cpu, cuda = ({(case.name, case.shape) for case in ops.cases(device)} for device in ("cpu", "cuda"))
     assert cpu < cuda
     assert os.path.exists(checkout.ROOT / "kernels")
+
+
+def test_the_first_phase_leaves_what_the_device_is(stand_in, device, tmp_path, monkeypatch, one_thread):
+    """With the names that torch has for a device's properties."""
+    properties = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=132, total_memory=80e9, L2_cache_size=50e6, name="a device"
+    )
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None: draw(*shape))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setitem(first_phase.MATRIX, "cuda", 8)
+    monkeypatch.setattr(first_phase, "copy_bandwidth", lambda device: 3000.0)
+    monkeypatch.setattr(first_phase, "SHAPES", [(3, 5)])
+    monkeypatch.setattr(sys, "argv", ["device", "--device", "cuda", "--out", str(tmp_path / "device.json")])
+    assert first_phase.main() == 0
+    found = results.load_about(tmp_path / "device.json")
+    assert (found["capability"], found["processors"], found["cache_mb"], found["copy_gb_s"]) == (
+        "9.0",
+        132,
+        50.0,
+        3000.0,
+    )
+    assert set(found["tflops"]) == {"bfloat16", "float32"}
+    rows = results.load(tmp_path / "device.json")
+    assert len(rows) == 3 * len(ops.OPS)
+    assert {row["suite"] for row in rows} == {"parity"}
+
+    monkeypatch.setattr(first_phase, "ours", lambda: fails)
+    assert first_phase.main() == 1  # and goes on to the end
+    assert {row["failed"] for row in results.load(tmp_path / "device.json")} == {"RuntimeError: an error"}

@@ -30,7 +30,7 @@ LOG = "log.txt"
 PATIENCE = 3.0  # seconds to end after a signal, before it is killed
 LEAST = 20  # seconds of a budget: importing torch takes that in all
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of each process beside others
-RUNNING, DONE, INTERRUPTED = "running", "done", "interrupted"
+RUNNING, DONE, INTERRUPTED, NOT_STARTED = "running", "done", "interrupted", "not started: no time was left"
 WRONG, CUT_OFF, BROKEN = "something failed", "cut off at its limit", "ended with status"
 
 
@@ -55,7 +55,7 @@ class Run:
         results.save(self.out / RUN, self.states, **self.about)
 
     def phases(self, every: list[Phase]) -> None:
-        with (self.out / LOG).open("ab") as log, tempfile.TemporaryDirectory() as cache:
+        with (self.out / LOG).open("ab") as log, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
             # What is compiled beside the tests is found by the phases after them. As many threads for all: a pool of
             # sixteen processes for each of those that compile would take longer to start than it saves.
             compiled = {"TORCHINDUCTOR_CACHE_DIR": str(Path(cache) / "inductor"), "TORCHINDUCTOR_COMPILE_THREADS": "4"}
@@ -80,6 +80,9 @@ class Run:
     def phase(self, phase: Phase, limit: float, log: IO[bytes], environment: dict[str, str]) -> None:
         state = {"phase": phase.name, "title": phase.title, "file": phase.file, "limit_s": limit, "state": RUNNING}
         self.states.append(state)
+        if self.left < 1:
+            state["state"] = NOT_STARTED
+            return
         self.save()
         print(f"{phase.name}: {phase.title}, {limit:.0f} s at most", flush=True)
         begin = time.monotonic()

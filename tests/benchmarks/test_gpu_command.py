@@ -81,6 +81,16 @@ def test_what_a_phase_does_not_need_is_left_to_the_next(tmp_path):
     assert found[1]["limit_s"] > 35
 
 
+def test_a_phase_for_which_no_time_is_left_is_not_started(tmp_path):
+    every = [
+        Phase("long", "", 99, python("import time; time.sleep(60)"), ""),
+        Phase("last", "", 1, python("1 / 0"), ""),
+    ]
+    assert [state["state"] for state in states(tmp_path, every, 2.0)] == [
+        "cut off at its limit", "not started: no time was left",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("end", "starts"), [("raise SystemExit(75)", 3), ("os.kill(os.getpid(), 9)", 3), ("1 / 0", 1)])
 def test_a_measuring_process_that_dies_is_started_again(tmp_path, end, starts):
     """By a signal, or because it has to leave the device; not after an error of the program."""

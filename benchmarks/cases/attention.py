@@ -32,7 +32,8 @@ def product(a, b):
 
 @triton.jit
 def terms(q, k, v, do, a, b, c, lse, d, columns, n, scale):
-    # P, T, dP - D and dO C' of a block of rows and one of columns. Past the last column P is zero.
+    # P, T, dP - D and dO C' of a block of rows and one of columns. Past the last column P is zero: exp(-L) may be
+    # infinite there, and infinity times the zeros of K, V, B and C is no number.
     p = tl.exp2(product(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None] * LOG2E)
     p = tl.where((columns < n)[None, :], p, 0.0)
     t = (product(a, tl.trans(k)) + product(q, tl.trans(b))) * scale

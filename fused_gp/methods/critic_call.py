@@ -27,8 +27,8 @@ class CriticCall(NamedTuple):
         versions = [] if self.ops is reference else [x._version for x in points]
         scores = self.critic(arguments.rebuild(list(points), self.structure), *self.args, **self.kwargs)
         arguments.scores(scores, self.form.rows)
-        for x, version in zip(points, versions, strict=False):  # no versions in torch.func, which tracks changes itself
-            if x._version != version:  # the gradient would be taken at the changed values
+        for at, version in enumerate(versions):  # none in torch.func, which tracks changes itself
+            if points[at]._version != version:  # the gradient would be taken at the changed values
                 raise ValueError(
                     "critic must leave its input as it is, got one that changes it in place: use inplace=False"
                 )

@@ -60,7 +60,7 @@ def states(tmp_path, every, budget=60.0):
 
 def test_phases_end_in_their_ways(tmp_path):
     """Each is a process; one that fails or takes too long does not keep the next ones from running."""
-    ends = {"good": "print('said')", "wrong": "raise SystemExit(1)", "broken": "raise SystemExit(4)"}
+    ends = {"good": "print('said')", "wrong": "raise SystemExit(1)", "broken": "raise SystemExit(75)"}
     every = [Phase(name, name, 1, python(program), "") for name, program in ends.items()]
     every += [Phase("long", "long", 0.01, python("import time; time.sleep(60)"), "")]
     every += [Phase("last", "last", 1, python("print('last')"), "")]
@@ -68,7 +68,7 @@ def test_phases_end_in_their_ways(tmp_path):
     found = states(tmp_path, every, 30.0)
     assert time.monotonic() - begin < 20
     assert [state["state"] for state in found] == [
-        "done", "something failed", "ended with status 4", "cut off at its limit", "done",
+        "done", "something failed", "ended with status 75", "cut off at its limit", "done",
     ]  # fmt: skip
     log = (tmp_path / "log.txt").read_text()
     assert "===== good, start 1\nsaid\n" in log

@@ -19,7 +19,7 @@ def test_slow(): pass
 def test_good(): pass
 
 def test_wrong(record_property):
-    print("launched: a_kernel")
+    print("launched: " + "a_kernel")
     assert [1, 2, 3] == [1, 2, 4], "element 2"
 
 def test_skipped(): pytest.skip("has no reason")

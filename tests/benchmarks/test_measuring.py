@@ -249,12 +249,12 @@ def test_an_op_on_a_device_is_timed_by_replays(monkeypatch):
         return lambda: 0.5
 
     monkeypatch.setattr(runner.cold, "replays", replays)
-    given = {}
-    monkeypatch.setattr(timing, "interleaved", lambda *args: (given.update(args[-2]), ({}, {}))[1])
+    given = []
+    monkeypatch.setattr(timing, "interleaved", lambda steps, *args: (given.append((steps, args[-2])), ({}, {}))[1])
     rows = runner.measure(replace(SMALL, compiling=False), "cpu", 0.0, 6, 10.0)
     assert set(steps) == {2}
     names = [row["implementation"] for row in rows]
-    assert list(given) == [names[0], *names[2:]]
+    assert [list(each) for each in given[0]] == [[names[0], *names[2:]]] * 2
     assert (
         rows[1]["failed"]
         == "not captured in a CUDA graph: RuntimeError: operation not permitted when stream is capturing"

@@ -70,6 +70,7 @@ def test_phases_end_in_their_ways(tmp_path):
     assert [state["state"] for state in found] == [
         "done", "something failed", "ended with status 75", "cut off at its limit", "done",
     ]  # fmt: skip
+    assert [state["starts"] for state in found] == [1] * 5
     log = (tmp_path / "log.txt").read_text()
     assert "===== good, start 1\nsaid\n" in log
     assert log.endswith("last\n")

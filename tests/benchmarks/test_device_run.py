@@ -30,7 +30,7 @@ OPS = [
     case("ops", BOTH, [64, 784], OURS, ms=[2.0] * 3, bytes=600, gb_s=2700.0, copy_gb_s=3000.0, error=1e-7),
     case("ops", BOTH, [64, 784], SNIPPET, ms=[6.0] * 3, **{"over fused_gp": [3.0, 2.9, 3.1]}),
 ]
-WAYS = {SNIPPET: 20.0, OURS: 10.0, "fused_gp, chunks of 4": 8.0}
+WAYS = {SNIPPET: 20.0, OURS: 10.0, "fused_gp, chunks of 4": 8.0, "fused_gp, directional": 4.0}
 PENALTIES = [
     case(
         "penalties", "MLP", [8, 6], name, ms=[ms] * 3, **{"over snippet": [ms / 20] * 3, "over fused_gp": [ms / 10] * 3}

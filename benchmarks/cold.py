@@ -10,15 +10,26 @@ import torch
 from benchmarks.timing import CYCLES_PER_SECOND, Step
 
 LEAST_CALLS = 10  # in a graph
-MOST_COPIES = 64  # of the inputs: of smaller ones than a 64th of the cache, some stay there whatever is done
-CACHES = 3  # as many times the last cache is what the copies take together
+MOST_COPIES = 1024  # of the inputs: smaller ones than that part of the cache stay in it, and then a few do
+FEW_COPIES = 16
+CACHES = 3  # as many times the last cache is what the copies of one tensor take together
 QUEUED = 2e-4  # seconds for which the device is kept busy, while the host puts the graph into the queue
 
 
 def copies_needed(size: int, device: str) -> int:
-    """Of inputs of so many bytes, the inputs themselves included."""
+    """Of inputs with tensors of so many bytes, of which a step may read one alone; the inputs themselves included."""
+    needed = _needed(size, device)
+    return FEW_COPIES if needed > MOST_COPIES else max(2, needed)
+
+
+def is_cold(size: int, device: str) -> bool:
+    """Whether so many copies leave the cache before their turn comes again."""
+    return _needed(size, device) <= MOST_COPIES
+
+
+def _needed(size: int, device: str) -> int:
     cache = torch.get_device_module(device).get_device_properties(device).L2_cache_size
-    return min(MOST_COPIES, max(2, -(-CACHES * cache // size)))
+    return int(-(-CACHES * cache // size))
 
 
 def replays(steps: Sequence[Step], device: str) -> Callable[[], float]:
@@ -34,8 +45,9 @@ def replays(steps: Sequence[Step], device: str) -> Callable[[], float]:
     module.synchronize()
     graph = module.CUDAGraph()
     with module.graph(graph):
-        for step in calls:
-            step()
+        # What a call returns is kept until the end, so that each call writes to memory of its own, as it reads.
+        kept = [step() for step in calls]
+    del kept
 
     def seconds() -> float:
         begin, end = (module.Event(enable_timing=True) for _ in range(2))

@@ -22,8 +22,11 @@ def of(steps: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, Any]]:
                 step()
                 torch.cuda.synchronize()
     events = session.events() or []
+    # Marks, and those that the compiler sets around its graphs, are on the device's side too, around what is inside.
     on_device = [
-        event.time_range for event in events if event.device_type == DeviceType.CUDA and not event.name.startswith(MARK)
+        event.time_range
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation and not event.name.startswith(MARK)
     ]
     found = {}
     for event in events:

@@ -8,7 +8,8 @@ COMPILED_CALL, COMPILED_OPS = "torch.func, compiled", "snippet, compiled"
 USUAL = "usual"  # of the systems: the lines as their users write them
 
 RUN = "run.json"  # of `make gpu`: how far it has come
-TODAY = "as today"  # in an experiment: what is there, to which other ways are compared
+# In an experiment, what other ways are compared with: what is there today, or the blocks that fit every device.
+TODAY, FIRST = "as today", "first blocks"
 
 # What is to come, and why it is not timed yet.
 FLASH, GROUPED, GRAPH = "fused_gp, flash attention", "fused_gp, own convolution", "fused_gp, CUDA graph"

@@ -3,7 +3,9 @@
 import os
 import platform
 import subprocess
+import time
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,12 +38,20 @@ def machine(device: str) -> str:
 
 
 def clocks(device: str) -> dict[str, str]:
-    """Of a device, now; none where nothing tells them."""
-    return {} if device == "cpu" else _nvidia_smi(*CLOCKS)
+    """Of a device, now or some seconds ago: to ask takes tenths of one. None where nothing tells them."""
+    return {} if device == "cpu" else _clocks_since(int(time.monotonic() / 5))
+
+
+@lru_cache(maxsize=1)
+def _clocks_since(moment: int) -> dict[str, str]:
+    return _nvidia_smi(*CLOCKS)
 
 
 def _nvidia_smi(*fields: str) -> dict[str, str]:
-    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    # torch's first device may be another one of nvidia-smi's.
+    uuid = getattr(torch.get_device_module("cuda").get_device_properties(0), "uuid", None)
+    which = "0" if uuid is None else f"GPU-{uuid}"
+    words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", f"--id={which}"]
     try:
         line = subprocess.run(words, check=True, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):

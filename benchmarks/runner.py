@@ -52,30 +52,42 @@ def measure(
         baselines = case.baselines(inputs)
         rows += [case.about | {"implementation": name} for name in baselines]
         steps |= baselines
-        replays, uncaptured = _replays(case, inputs, check, steps, device)
+        copies = case.copies(inputs, device)
+        replays, uncaptured = _replays(case, copies, check, steps, device)
         for row in rows:
             if row["implementation"] in uncaptured:
                 row["failed"] = uncaptured[row["implementation"]]
                 del steps[row["implementation"]]
         number, timings = timing.interleaved(steps, device, budget, rounds, case.clock, replays, least)
         clocks = {} if device == "cpu" else {"clocks": provenance.clocks(device)}
-        launched = _launches(steps) if device != "cpu" else {}
+        beside = _beside_times(steps, device) if device != "cpu" else {}
         for row in rows:
             row["machine"] = provenance.machine(device)
             name = row["implementation"]
             if name in timings:
-                row |= {"rounds": len(timings[name]), "steps": number[name], **_times(name, timings, case, device)}
+                row |= {
+                    "rounds": len(timings[name]),
+                    "steps": number[name],
+                    **_times(name, timings, case, device, name in replays),
+                }
                 if device != "cpu":
-                    row |= clocks | launched.get(name, {})
-                    row["peak_mb"] = memory.peak(steps[name], device) / 1e6
+                    row |= clocks | beside[name]
                 moved = case.bytes_moved()
                 if moved is not None:
                     busy = row["ms" if device == "cpu" else "device_ms"][0]
                     row |= {"bytes": moved, "gb_s": 1e-6 * moved / busy, "copy_gb_s": copy_gb_s}
+                    row |= {"cold": case.is_cold(inputs, device)} if copies else {}
     return rows
 
 
-def _times(name: str, timings: dict[str, list[Timing]], case: Case, device: str) -> Row:
+WAITS = 1.2  # times as long as the whole is the host's part of a step that waits for the device
+
+
+def _waits(found: list[Timing]) -> bool:
+    return intervals.median([(timing.host or 0.0) / timing.total for timing in found]).value > WAITS
+
+
+def _times(name: str, timings: dict[str, list[Timing]], case: Case, device: str, replayed: bool) -> Row:
     """Medians with their intervals: milliseconds, and the ratios to other implementations, taken round by round."""
 
     def ms(what: str) -> list[float]:
@@ -89,15 +101,17 @@ def _times(name: str, timings: dict[str, list[Timing]], case: Case, device: str)
     row: Row = {"ms": ms("total"), **{f"over {base}": ratio(base, "total") for base in bases}}
     if device == "cpu":
         return row | {"fresh_mb": 1e-6 * intervals.median([timing.fresh for timing in timings[name]]).value}
+    if not replayed and _waits(timings[name]):
+        return row | {"waits": True}  # in the middle of a step, for the device: neither is alone then
     row |= {"host_ms": ms("host"), "device_ms": ms("device")}
+    bases = [base for base in bases if replayed or not _waits(timings[base])]
     return row | {f"device, over {base}": ratio(base, "device") for base in bases}
 
 
 def _replays(
-    case: Case, inputs: Any, check: CorrectnessCheck, steps: dict[str, Step], device: str
+    case: Case, copies: list[Any], check: CorrectnessCheck, steps: dict[str, Step], device: str
 ) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
     """Of a case whose device time is taken from inputs in no cache; and what could not be captured, and why."""
-    copies = case.copies(inputs, device)
     if not copies:
         return {}, {}
     baselines = [case.baselines(each) for each in copies]
@@ -107,17 +121,27 @@ def _replays(
         on_copies = [case.enter(of, each).step for each in copies] if of else [each[name] for each in baselines]
         try:
             found[name] = cold.replays(on_copies, device)
-        except RuntimeError as error:
+        except Exception as error:
             failed[name] = f"not captured in a CUDA graph: {first_line(error)}"
     return found, failed
 
 
-def _launches(steps: dict[str, Step]) -> dict[str, Row]:
-    """A profiler that does not work here costs these columns, not the times beside them."""
+def _beside_times(steps: dict[str, Step], device: str) -> dict[str, Row]:
+    """Launches and peak memory. A profiler that does not work here, or a step for which there is no memory beside the
+    others, costs these columns, and not the times.
+    """
+    found: dict[str, Row] = {name: {} for name in steps}
     try:
-        return launches.of(steps)
-    except RuntimeError as error:
-        return {name: {"not_counted": first_line(error)} for name in steps}
+        for name, launched in launches.of(steps).items():
+            found[name] |= launched
+    except Exception as error:
+        found = {name: {"not_counted": first_line(error)} for name in steps}
+    for name, step in steps.items():
+        try:
+            found[name]["peak_mb"] = memory.peak(step, device) / 1e6
+        except Exception as error:
+            found[name]["no_peak"] = first_line(error)
+    return found
 
 
 def add_peaks(rows: list[Row], cases: list[Case], device: str) -> Iterator[Row]:

@@ -15,7 +15,7 @@ Step = Callable[[], object]
 
 SHORTEST_TIMING = 2e-3  # seconds: far above the clock's resolution
 ROUNDS = (9, 101)  # at least, at most
-LONGEST_QUEUE = 0.1  # seconds: the host puts even thousands of launches into a queue in that time
+LONGEST_QUEUE = 0.1  # seconds: for the host to put a step into the queue, which holds about a thousand launches
 CYCLES_PER_SECOND = 2e9  # of the fastest clocks; on slower ones the device only stays busy for longer
 
 

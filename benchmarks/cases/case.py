@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.ours import implementations, plain_autograd
-from benchmarks.names import COMPILED, OURS
+from benchmarks.names import COMPILED, OURS, is_ours
 from benchmarks.peers import Implementation, peers_of_calls
 from benchmarks.timing import Clock
 
@@ -36,8 +36,9 @@ class Case(ABC):
     suite: ClassVar[str]
     budget: ClassVar[float]  # seconds of rounds
     bases: ClassVar[tuple[str, ...]] = (OURS, COMPILED)  # the implementations to whose times ratios are taken
-    # On a CPU; on a GPU, where torch's default for convolutions is TF32, of 10 bits.
-    fp32_tolerances: ClassVar[tuple[float, float]] = (2e-4, 1e-2)
+    # On a CPU, and on a GPU, whose sums have other orders: an input of LeakyReLU that lies within rounding of zero has
+    # another slope then. Nothing is checked in TF32.
+    fp32_tolerances: ClassVar[tuple[float, float]] = (2e-4, 3e-3)
 
     name: str
     shape: tuple[int, ...]
@@ -71,6 +72,10 @@ class Case(ABC):
             for name, make in self.all_implementations().items()
             if (self.compiling or "compiled" not in name) and (not self.only or name in self.only)
         }
+
+    def compiled_ways(self) -> dict[str, Make]:
+        """Those for which torch or Triton compiles anew."""
+        return {name: make for name, make in self.implementations().items() if is_ours(name) or "compiled" in name}
 
     @abstractmethod
     def all_implementations(self) -> dict[str, Make]:
@@ -111,6 +116,10 @@ class Case(ABC):
     def copies(self, inputs: Any, device: str) -> list[Any]:
         """The inputs and copies of them, on a device whose own time is taken from inputs that are in no cache."""
         return []
+
+    def is_cold(self, inputs: Any, device: str) -> bool:
+        """Whether there are enough copies for that."""
+        return True
 
     def bytes_moved(self) -> int | None:
         """By the step at least, where that is known."""

@@ -19,7 +19,7 @@ from benchmarks.cases import ops
 from benchmarks.cases.case import Case, Entry, Make
 from benchmarks.cases.ops import FACES, LARGE, OpCase
 from benchmarks.cases.ours import ours, plain_autograd
-from benchmarks.names import TODAY
+from benchmarks.names import FIRST, TODAY
 from benchmarks.peers import Absent, Implementation
 
 # What each experiment is about.
@@ -138,6 +138,9 @@ class TileCase(OpCase):
     def all_implementations(self) -> dict[str, Make]:
         return {name: partial(self.under, settings) for name, settings in SETTINGS.items()}
 
+    def compiled_ways(self) -> dict[str, Make]:
+        return self.implementations()
+
     def reference_implementation(self) -> Implementation:
         return a_way(partial(ops.OPS[self.op].step, plain_autograd()))
 
@@ -187,15 +190,22 @@ class AttentionCase(Case):
 
     suite = "experiments"
     budget = 0.3
-    bases = (TODAY,)
+    bases = (FIRST,)
     kernel: str = "rows"
 
     def all_implementations(self) -> dict[str, Make]:
         size = self.shape[-1]
         first, *others = BLOCKS[self.kernel][64 if size <= 64 else 128]
-        ways: dict[str, Make] = {TODAY: partial(self.under, first)}
+        ways: dict[str, Make] = {FIRST: partial(self.under, first)}
         ways |= {f"{at[0]} x {at[1]}, {at[2]} warps, {at[3]} stages": partial(self.under, at) for at in others}
-        return ways if self.kernel == "row sums" else ways | {"math attention, all four": lambda: a_way(self.by_math)}
+        return (
+            ways
+            if self.kernel == "row sums"
+            else ways | {"math attention, all passes and the first two derivatives": lambda: a_way(self.by_math)}
+        )
+
+    def compiled_ways(self) -> dict[str, Make]:
+        return {name: make for name, make in self.implementations().items() if not name.startswith("math")}
 
     def under(self, blocks: tuple[int, int, int, int]) -> Implementation:
         from benchmarks.cases import attention

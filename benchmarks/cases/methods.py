@@ -32,7 +32,7 @@ class MethodCase(PenaltyCase):
     bases = (SNIPPET,)
     # The error is a column of its own, so that the check needs to find gross mistakes only. Where an input of LeakyReLU
     # lies within rounding of zero, another rounding gives another slope: 3e-4 was seen.
-    fp32_tolerances = (1e-3, 1e-2)
+    fp32_tolerances = (1e-3, 3e-3)
     memory: bool = True
 
     def all_implementations(self) -> dict[str, Make]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import NamedTuple
 
@@ -40,6 +40,10 @@ def draw(shape: tuple[int, ...]) -> Inputs:
     real, fake, gradients, cotangent = (torch.randn(shape) for _ in range(4))
     gradients *= 2 / prod(shape[1:]) ** 0.5  # norms around 2: in fp16 the sum of larger squares is infinite
     return Inputs(real, fake, torch.rand(shape[0], *[1] * (len(shape) - 1)), gradients, cotangent)
+
+
+# On a device several cases of one size follow one another, whose drawing takes longer than all the rest.
+drawn_before = lru_cache(maxsize=1)(draw)
 
 
 def interpolation_forward(by: Implementation, x: Inputs) -> list[Tensor]:
@@ -117,7 +121,8 @@ class OpCase(Case):
         return {OURS: ours(), **peers}
 
     def inputs(self, device: str) -> Inputs:
-        return Inputs(*(t.to(device, self.dtype) for t in draw(self.shape)))
+        drawn = draw(self.shape) if device == "cpu" else drawn_before(self.shape)
+        return Inputs(*(t.to(device, self.dtype) for t in drawn))
 
     def exact(self, inputs: Inputs) -> Inputs:
         return Inputs(*(t.double() for t in inputs))
@@ -125,8 +130,11 @@ class OpCase(Case):
     def copies(self, inputs: Inputs, device: str) -> list[Inputs]:
         if device == "cpu":
             return []
-        number = cold.copies_needed(sum(t.nbytes for t in inputs), device)
+        number = cold.copies_needed(inputs.real.nbytes, device)
         return [inputs, *(Inputs(*(t.clone() for t in inputs)) for _ in range(number - 1))]
+
+    def is_cold(self, inputs: Inputs, device: str) -> bool:
+        return cold.is_cold(inputs.real.nbytes, device)
 
     def enter(self, implementation: Implementation, inputs: Inputs) -> Entry:
         step = partial(OPS[self.name].step, implementation, inputs)

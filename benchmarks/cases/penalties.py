@@ -46,6 +46,10 @@ class PenaltyCase(CallCase):
             every = {name: make for name, make in every.items() if is_ours(name) or name in self.peers}
         return {**every, **planned(*self.to_come)}
 
+    def compiled_ways(self) -> dict[str, Make]:
+        """The kernels of the others are those of the ops."""
+        return {name: make for name, make in self.implementations().items() if "compiled" in name}
+
     def inputs(self, device: str) -> Inputs:
         torch.manual_seed(0)
         real, fake = torch.randn(self.shape), torch.randn(self.shape)

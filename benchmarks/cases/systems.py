@@ -226,7 +226,7 @@ class SystemCase(PenaltyCase):
     suite = "systems"
     budget = 2.0
     bases = (OURS,)
-    fp32_tolerances = (1e-4, 1e-2)
+    fp32_tolerances = (1e-4, 3e-3)
 
     def inputs(self, device: str) -> Inputs:
         """With twice the weights: with the first ones all norms are far below 1, where a one-sided penalty is zero."""

@@ -6,6 +6,7 @@ that is cut off leaves all that it found. `python -m benchmarks report DIR` make
 """
 
 import argparse
+import ctypes
 import os
 import signal
 import subprocess
@@ -21,17 +22,19 @@ from typing import IO, Any
 import torch
 
 from benchmarks import checkout, provenance, results
-from benchmarks.gpu.measure import FAILED, START_AGAIN
+from benchmarks.gpu.measure import FAILED, NOT_ALL, START_AGAIN
 from benchmarks.gpu.phases import Phase, phases
 from benchmarks.names import RUN
 from benchmarks.report import device_run
 
 LOG = "log.txt"
+PR_SET_PDEATHSIG = 1  # of Linux
 PATIENCE = 3.0  # seconds to end after a signal, before it is killed
 LEAST = 20  # seconds of a budget: importing torch takes that in all
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of each process beside others
 RUNNING, DONE, INTERRUPTED, NOT_STARTED = "running", "done", "interrupted", "not started: no time was left"
-WRONG, CUT_OFF, BROKEN = "something failed", "cut off at its limit", "ended with status"
+WRONG, INCOMPLETE = "something failed", "not all of its cases were reached"
+CUT_OFF, BROKEN = "cut off at its limit", "ended with status"
 
 
 class Run:
@@ -105,6 +108,8 @@ class Run:
                 state["state"] = DONE
             elif status == FAILED:
                 state["state"] = WRONG
+            elif phase.measures and status == NOT_ALL:
+                state["state"] = INCOMPLETE
             elif phase.measures and (status == START_AGAIN or status < 0) and limit > time.monotonic() - begin:
                 continue
             else:
@@ -117,7 +122,7 @@ class Run:
     def start(self, command: list[str], log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-            cwd=checkout.ROOT, preexec_fn=os.setpgrp,
+            cwd=checkout.ROOT, preexec_fn=_in_a_group_of_its_own,
         )  # fmt: skip
         self.running.append(process)
         return process
@@ -139,6 +144,13 @@ class Run:
             self.end(process)
 
 
+def _in_a_group_of_its_own() -> None:
+    """And ended with this process, however that ends: nothing is to hold the device then."""
+    os.setpgrp()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def until(seconds: float) -> list[str]:
     """For `benchmarks.gpu.measure`: the last case begins so early that it can end in that time."""
     return ["--until", f"{time.time() + 0.9 * seconds - PATIENCE:.1f}"]
@@ -156,12 +168,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         parser.error("--device cuda needs a CUDA or ROCm device, and torch finds none; cpu rehearses the command")
     if not options.budget >= LEAST:
         parser.error(f"--budget must be {LEAST} seconds or more, got {options.budget:g}")
-    if (options.out / RUN).exists():
+    files = {RUN, LOG, *(phase.file for phase in phases(options.out, options.device) if phase.file)}
+    if any((options.out / name).exists() for name in files):
         parser.error(f"--out: {options.out} holds an earlier run; move it away, or name another folder")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / LOG).touch()
     except OSError as error:
-        parser.error(f"--out must be a folder, got {options.out}: {error.strerror}")
+        parser.error(f"--out must be a folder that can be written to, got {options.out}: {error.strerror}")
     return options
 
 
@@ -171,7 +185,8 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def main(words: Sequence[str]) -> int:
     options = parse(words)
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     run = Run(options.out.resolve(), options.device, options.budget)
     run.save()
     print(

@@ -26,10 +26,10 @@ from benchmarks.names import COMPILED, COMPILED_CALL, OURS, SNIPPET, is_ours
 
 Row = dict[str, Any]
 
-FAILED, START_AGAIN = 1, 75  # exit statuses: something of ours failed; the device must be left and entered again
+# Exit statuses: something of ours failed; the time was over; the device must be left and entered again.
+FAILED, NOT_ALL, START_AGAIN = 1, 74, 75
 TIMED = 0.4  # of a case's share of the time; the rest is for references and first calls
 DIED = "the process ended in the middle of it"
-NOT_REACHED = "not reached: the time was over"
 
 
 def cases(suites: Iterable[str], tiny: bool) -> list[Case]:
@@ -41,26 +41,29 @@ def cases(suites: Iterable[str], tiny: bool) -> list[Case]:
 
 
 def measure(chosen: list[Case], device: str, end: float, path: Path, part: str = "", rounds: int | None = None) -> int:
-    """Into the file, as they come, until a time. `part` distinguishes the parts in which one case is measured twice."""
-    about: dict[str, Any] = results.load_about(path) if path.exists() else {"begun": [], "ended": []}
-    rows = results.load(path) if path.exists() else []
-    of_all = provenance.provenance(device)
+    """Into the file, as they come, until a time. `part` distinguishes the parts in which one case is measured twice.
+
+    The file also says which cases are `planned`, `begun` and `ended`.
+    """
+    about: dict[str, Any] = {"planned": [], "begun": [], "ended": []}
+    rows: list[Row] = []
+    if path.exists():
+        about, rows = results.load_about(path), results.load(path)
+    of_all = provenance.provenance(device) | {"machine": provenance.machine(device)}
     jobs = {f"{part}{case.key}": case for case in chosen}
+    about["planned"] += [name for name in jobs if name not in about["planned"]]
     for name in [name for name in about["begun"] if name in jobs and name not in about["ended"]]:
         rows.append(jobs[name].about | of_all | {"implementation": OURS, "failed": DIED})
         about["ended"].append(name)
     left = [name for name in jobs if name not in about["begun"]]
+    results.save(path, rows, **about)
     if left and any(case.bytes_moved() for case in chosen) and "copy_gb_s" not in about:
         about["copy_gb_s"] = copy_bandwidth(device)
     for number, name in enumerate(left):
         remaining = end - time.time()
         if remaining <= 0:
-            known = {_case(row) for row in rows}
-            missed = [jobs[later].about for later in left[number:] if _case(jobs[later].about) not in known]
-            rows += [case | of_all | {"implementation": OURS, "absent": NOT_REACHED} for case in missed]
-            results.save(path, rows, **about)
             print(f"{len(left) - number} of {len(jobs)} cases were not reached", flush=True)
-            break
+            return NOT_ALL
         print(f"{number + 1}/{len(left)} {name}, {remaining:.0f} s left", flush=True)
         about["begun"].append(name)
         results.save(path, rows, **about)
@@ -72,12 +75,11 @@ def measure(chosen: list[Case], device: str, end: float, path: Path, part: str =
         except Exception as failure:
             traceback.print_exc()
             found = [case.about | {"implementation": OURS, "failed": first_line(failure)}]
-        rows = [row for row in rows if row.get("absent") != NOT_REACHED or _case(row) != _case(case.about)]
         known = {(*_case(row), row["implementation"]) for row in rows}
-        rows += [row | of_all for row in found if (*_case(row), row["implementation"]) not in known]
+        rows += [of_all | row for row in found if (*_case(row), row["implementation"]) not in known]
         about["ended"].append(name)
         results.save(path, rows, **about)
-        if not _usable(device):
+        if not usable(device):
             return START_AGAIN
     return FAILED if any("failed" in row and is_ours(row["implementation"]) for row in rows) else 0
 
@@ -86,32 +88,29 @@ def _case(row: Row) -> tuple[Any, ...]:
     return row["suite"], row["case"], tuple(row["shape"]), row["dtype"]
 
 
-def _usable(device: str) -> bool:
+def usable(device: str) -> bool:
+    """Whether the device still works for this process; the next case has all its memory then."""
     try:
         timing.synchronize(device)
     except RuntimeError:
         return False
     if device != "cpu":
-        torch.get_device_module(device).empty_cache()  # the next case may need it all
+        torch.get_device_module(device).empty_cache()
     return True
 
 
 def first_calls(chosen: list[Case], device: str) -> None:
-    """Nothing is timed or kept but what compilers keep: their caches on disk. Of penalties what torch compiles; the
-    kernels of ours, which Triton compiles, come with the ops.
-    """
-    for case in chosen:
+    """Nothing is timed or kept but what compilers keep: their caches on disk."""
+    for case in [case for case in chosen if case.compiled_ways()]:
         print(f"first calls of {case.key}", flush=True)
         torch._dynamo.reset()
         with case.prepared(device) as inputs:
-            for name, make in case.implementations().items():
-                if case.suite == "penalties" and "compiled" not in name:
-                    continue
+            for name, make in case.compiled_ways().items():
                 try:
                     case.enter(make(), inputs).check()
                 except Exception as failure:  # the phase that measures it will say so
                     print(f"{name}: {first_line(failure)}", flush=True)
-        _usable(device)
+        usable(device)
 
 
 def main() -> int:
@@ -125,19 +124,24 @@ def main() -> int:
     parser.add_argument("--first-calls", metavar="I/N", help="of every Nth case, to fill the compilers' caches")
     options = parser.parse_args()
     checkout.find_kernels()
-    if options.device == "cpu":  # a rehearsal: the same graphs, run without the minute that their C++ takes
+    rehearsal = options.device == "cpu"
+    if rehearsal:  # the same graphs, run without the minute that their C++ takes
         torch.compile = partial(torch.compile, backend="aot_eager")
-    chosen = cases(options.suites, tiny=options.device == "cpu")
+    chosen = cases(options.suites, tiny=rehearsal)
     if options.eager:
         chosen = [replace(case, compiling=False) for case in chosen]
     if options.compiled:
-        beside = (SNIPPET, OURS, COMPILED, COMPILED_CALL)
-        chosen = [replace(case, only=beside) for case in chosen if case.compiling]
+        # Those with attention last: they take the longest to compile, and the others need not wait for them.
+        chosen = sorted((case for case in chosen if case.compiling), key=lambda case: "ViT" in case.name)
+        chosen = [replace(case, only=(SNIPPET, OURS, COMPILED, COMPILED_CALL)) for case in chosen]
     if options.first_calls:
         at, step = map(int, options.first_calls.split("/"))
-        first_calls(chosen[at::step], options.device)
+        penalties = [case for case in chosen if case.suite == "penalties" and case.compiling]
+        others = [case for case in chosen if case.suite != "penalties"]
+        first_calls([*penalties[at::step], *others[at::step]], options.device)
         return 0
-    return measure(chosen, options.device, options.until, options.out, "compiled: " if options.compiled else "")
+    part, rounds = "compiled: " if options.compiled else "", intervals.LEAST if rehearsal else None
+    return measure(chosen, options.device, options.until, options.out, part, rounds)
 
 
 if __name__ == "__main__":

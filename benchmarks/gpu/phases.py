@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MOST_WORKERS = 12  # of the tests: each has torch and a context on the device
-MOST_COMPILERS = 3  # beside the tests
+MOST_COMPILERS = 4  # beside the tests
 
 
 class Phase(NamedTuple):

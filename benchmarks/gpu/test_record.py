@@ -54,9 +54,18 @@ class Record:
         if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
             line["message"] = report.longrepr[2]
         elif report.outcome == "failed":
-            sections = "".join(f"\n--- {title}\n{text}" for title, text in report.sections)
-            line |= {"when": report.when, "message": report.longreprtext[-MESSAGE:] + sections[-MESSAGE:]}
+            line |= {"when": report.when, **_said(report)}
         self.write(**line)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.write(test=report.nodeid, outcome="failed", seconds=0, when="collect", **_said(report))
+
+
+def _said(report: pytest.TestReport | pytest.CollectReport) -> dict[str, str]:
+    """What was wrong, and what was printed and launched before."""
+    sections = "".join(f"--- {title}\n{text}\n" for title, text in report.sections)
+    return {"message": report.longreprtext[-MESSAGE:], "before": sections[-MESSAGE:]}
 
 
 class BrokenDevice:

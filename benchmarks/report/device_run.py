@@ -12,7 +12,8 @@ from benchmarks.report.case_rows import CaseRows, Row, by_case
 from benchmarks.report.tables import Table, table
 
 MEASURED = ("ops.json", "penalties.json", "experiments.json")
-SHOWN = 1500  # characters of a failed test's message
+FEW, MANY = 8, 40  # failed tests that are shown with their message, and by name
+SHOWN = 700  # characters of the message
 
 
 class DeviceRun(NamedTuple):
@@ -21,6 +22,7 @@ class DeviceRun(NamedTuple):
     device: dict[str, Any]  # what the first phase found
     parity: list[Row]
     tests: dict[str, Any]
+    missing: list[str]  # cases that were planned, and not reached or not finished
     rows: list[Row]
 
     @property
@@ -38,6 +40,7 @@ class DeviceRun(NamedTuple):
 
     def save(self, path: Path) -> None:
         parts = {"phases": self.phases, "device": self.device, "parity": self.parity, "tests": self.tests}
+        parts["missing"] = self.missing
         results.save(path, self.rows, about=self.about, **parts)
 
 
@@ -49,8 +52,13 @@ def load(folder: Path) -> DeviceRun:
     """Of as many phases as it has come to."""
     run, first = folder / RUN, folder / "device.json"
     device, parity = (results.load_about(first), results.load(first)) if first.exists() else ({}, [])
-    rows = [row for name in MEASURED if (folder / name).exists() for row in results.load(folder / name)]
-    return DeviceRun(results.load_about(run), results.load(run), device, parity, tests(folder / "tests.jsonl"), rows)
+    files = [folder / name for name in MEASURED if (folder / name).exists()]
+    rows = [row for file in files for row in results.load(file)]
+    missing = []
+    for about in map(results.load_about, files):
+        missing += [name for name in about["planned"] if name not in about["ended"]]
+    ran = tests(folder / "tests.jsonl")
+    return DeviceRun(results.load_about(run), results.load(run), device, parity, ran, missing, rows)
 
 
 def tests(path: Path) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def tests(path: Path) -> dict[str, Any]:
         except json.JSONDecodeError:
             break
     ran = [line for line in lines if "test" in line]
-    failed = [line for line in ran if line["outcome"] == "failed"]
+    failed = list({line["test"]: line for line in reversed(ran) if line["outcome"] == "failed"}.values())[::-1]
     skipped = Counter(line.get("message", "") for line in ran if line["outcome"] == "skipped")
     return {
         "collected": sum(line.get("collected", 0) for line in lines),
@@ -74,25 +82,29 @@ def tests(path: Path) -> dict[str, Any]:
 
 
 def summary(run: DeviceRun) -> str:
-    """For a terminal: what failed, with its message, and the first numbers."""
-    lines = ["", f"{'REHEARSAL on a CPU, no measurement: ' if run.dry else ''}{run.machine}; {run.about['versions']}"]
-    lines += [f"{state['phase']:<12} {state.get('seconds', 0):5.0f} s  {state['state']}" for state in run.phases]
-    lines += [""] + [f"{name}: {run.device[name]}" for name in ("copy_gb_s", "tflops", "clocks") if name in run.device]
-    wrong = [row for row in run.parity if "failed" in row]
-    lines += [f"ops that are right: {len(run.parity) - len(wrong)} of {len(run.parity)}"]
-    lines += [f"  WRONG {_label(row)}: {row['failed']}" for row in wrong]
+    """For a terminal, of which the end may be all that is kept: failures first, then numbers, and the phases last."""
     tests = run.tests
-    lines += [
-        f"tests: {tests['passed']} passed, {len(tests['failed'])} failed, {sum(tests['skipped'].values())} skipped, "
-        f"of {tests['collected']}"
-    ]
-    lines += [f"  skipped {number}: {reason}" for reason, number in tests["skipped"].items()]
-    cases = by_case(run.rows)
-    lines += ["", *(line for case in cases for line in _numbers(case))]
-    lines += [f"FAILED {_label(row)}, {row['implementation']}: {row['failed']}" for row in run.rows if "failed" in row]
-    lines += [f"left out: {name}, {reason}" for name, reason in _left_out(run.rows)]
-    for test in tests["failed"]:
+    lines = [""]
+    for test in tests["failed"][:FEW]:
         lines += [f"FAILED {test['test']}", test["message"][-SHOWN:]]
+    lines += [f"FAILED {test['test']}" for test in tests["failed"][FEW:MANY]]
+    if len(tests["failed"]) > MANY:
+        lines.append(f"... and {len(tests['failed']) - MANY} tests more")
+    lines += [f"FAILED {_label(row)}, {row['implementation']}: {row['failed']}" for row in run.rows if "failed" in row]
+    wrong = [row for row in run.parity if "failed" in row]
+    lines += [f"WRONG {_label(row)}: {row['failed']}" for row in wrong[:MANY]]
+    lines += [f"not reached: {name}" for name in run.missing]
+    lines += [f"left out: {name}, {reason}" for name, reason in _left_out(run.rows)]
+    lines += ["", *(line for case in by_case(run.rows) for line in _numbers(case))]
+    lines += ["", f"{'REHEARSAL on a CPU, no measurement: ' if run.dry else ''}{run.machine}; {run.about['versions']}"]
+    lines += [f"{name}: {run.device[name]}" for name in ("copy_gb_s", "tflops", "clocks") if name in run.device]
+    lines += [f"skipped {number}: {reason}" for reason, number in tests["skipped"].items()]
+    lines += [
+        f"ops that are right: {len(run.parity) - len(wrong)} of {len(run.parity)}",
+        f"tests: {tests['passed']} passed, {len(tests['failed'])} failed, {sum(tests['skipped'].values())} skipped, "
+        f"of {tests['collected']}",
+    ]
+    lines += [f"{state['phase']:<12} {state.get('seconds', 0):5.0f} s  {state['state']}" for state in run.phases]
     return "\n".join(lines)
 
 
@@ -128,7 +140,7 @@ def tables(run: DeviceRun) -> list[Table]:
     device = {name: value for name, value in run.device.items() if name not in run.about}
     wrong = [row for row in run.parity if "failed" in row]
     tests = run.tests
-    failed = [{"test": test["test"], "message": test["message"].strip().splitlines()[-1]} for test in tests["failed"]]
+    failed = [{"test": test["test"], "message": _error(test["message"])} for test in tests["failed"]]
     counts = (
         f"{tests['passed']} passed, {len(tests['failed'])} failed and {sum(tests['skipped'].values())} were skipped, "
         f"of {tests['collected']}."
@@ -141,7 +153,14 @@ def tables(run: DeviceRun) -> list[Table]:
             f"Ops that are wrong: {len(wrong)} of {len(run.parity)}", "",
             [{"op": _label(row), "reason": row["failed"]} for row in wrong],
         ),
+        table("Cases that were not reached", "", [{"case": name} for name in run.missing]),
     ]  # fmt: skip
+
+
+def _error(message: str) -> str:
+    """The first line of what pytest marks as the error, or the last line."""
+    lines = message.strip().splitlines() or [""]
+    return next((line for line in lines if line.startswith("E ")), lines[-1]).removeprefix("E").strip()
 
 
 def _phase(state: dict[str, Any]) -> dict[str, str]:

@@ -158,6 +158,7 @@ def main(words: Sequence[str]) -> int:
         "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what `python -m benchmarks gpu` has left")
+    parser.add_argument("--replace", action="store_true", help="the committed run of the same device")
     options = parser.parse_args(words)
     if options.folder is not None:
         if not (options.folder / RUN).exists():
@@ -166,14 +167,18 @@ def main(words: Sequence[str]) -> int:
         if run.dry:
             rehearse(run, options.folder / "report")
             return 0
-        run.save(results.COMMITTED / f"{run.name}.json")
-        print(f"run: {results.COMMITTED / run.name}.json")
+        path = results.COMMITTED / f"{run.name}.json"
+        if path.exists() and not options.replace:
+            parser.error(f"there is a run of this device already, {path}: --replace takes this one instead")
+        run.save(path)
+        path.with_suffix(".png").unlink(missing_ok=True)  # the picture of another run
+        print(f"run: {path}")
     runs = results.committed()
     if not runs["cpu"]:
         parser.error("there is no benchmarks/results/cpu.json, of which the pages are made: run `make bench` first")
+    write()
     for name in [*(name for name, rows in runs.items() if rows), *results.devices()]:
         draw(results.COMMITTED / f"{name}.json")
-    write()
     return 0
 
 

@@ -27,9 +27,9 @@ def draw(rows: list[Row], path: Path, mark: str = "") -> bool:
     every = by_case(rows)
     every = [case for case in every if case.suite != "experiments"]
     one = [case for case in every if case.dtype == "float32" and (case.suite != "ops" or case.name == BOTH)]
-    ops = [case for case in one if case.suite == "ops"]
+    ops = [case for case in one if case.suite == "ops" and "gb_s" in case.rows.get(OURS, {})]
     calls = [case for case in one if case.suite != "ops"]
-    if not one:
+    if not ops and not calls:
         return False
     has_memory = [case for case in every if case.has_memory and not (case.on_device and case.suite == "ops")]
     largest = sorted(map(largest_peak, has_memory))[-MOST_PEAKS:]
@@ -38,7 +38,7 @@ def draw(rows: list[Row], path: Path, mark: str = "") -> bool:
     figure = plt.figure(figsize=(13, 17), layout="constrained")
     parts: Any = figure.subfigures(3, 1, height_ratios=[9, 5, 3.5])
     top, middle, bottom = parts
-    about = rows[0]
+    about = next(row for row in rows if "machine" in row)
     figure.suptitle(
         f"{mark}Measured on {about['machine']}\n{about['versions']}; commit {about['commit']}, {about['date']}",
         fontsize=10,
@@ -105,7 +105,7 @@ def ratios(axes: Axes, some: list[CaseRows], title: str) -> None:
     for case in some:
         start = place
         for name in PEERS:
-            over = COMPILED if name == COMPILED_CALL and COMPILED in case.rows else OURS
+            over = COMPILED if name == COMPILED_CALL and "ms" in case.rows.get(COMPILED, {}) else OURS
             found = case.rows.get(name, {}).get(f"over {over}")
             if found is None:
                 continue

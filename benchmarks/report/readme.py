@@ -31,13 +31,14 @@ def readme(text: str, runs: dict[str, list[Row]], devices: dict[str, DeviceRun])
 
 
 def measured_on(rows: list[Row]) -> str:
-    row = rows[0]
+    row = next(row for row in rows if "ms" in row)
     return f"Measured on {row['machine']} ({row['versions'].split(',')[0]}, commit {row['commit']})"
 
 
 def numbers(cpu: list[Row], devices: dict[str, DeviceRun]) -> str:
     """The two ops against the snippet, and against the fastest of the peers; on a device whole penalties, too."""
     parts = []
+    devices = {name: run for name, run in devices.items() if any("ms" in row for row in run.rows)}
     for rows in filter(None, (cpu, *(run.rows for run in devices.values()))):
         cases = by_case(rows)
         chosen = [case for case in cases if case.suite == "ops" and case.name == BOTH and case.dtype == "float32"]

@@ -26,7 +26,7 @@ def slower_cases(cases: list[CaseRows]) -> Iterator[SlowerCase]:
     """Where a peer's whole interval is below 1: compiled against compiled, where ours was timed too."""
     for case in cases:
         for peer, row in case.rows.items():
-            over = COMPILED if peer == COMPILED_CALL and COMPILED in case.rows else OURS
+            over = COMPILED if peer == COMPILED_CALL and "ms" in case.rows.get(COMPILED, {}) else OURS
             ratio = row.get(f"over {over}")
             if case.suite in SUITES and is_peer(peer) and ratio is not None and ratio[2] < 1:
                 yield SlowerCase(case, peer, over, ratio)

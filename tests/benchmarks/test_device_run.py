@@ -59,7 +59,7 @@ def leave(folder, dry=False, ops=OPS, penalties=PENALTIES, experiments=EXPERIMEN
     results.save(folder / "device.json", parity, **ABOUT, copy_gb_s=3000.0, clocks={"clocks.sm": "1980 MHz"})
     for name, rows in (("ops", ops), ("penalties", penalties), ("experiments", experiments)):
         if rows:
-            results.save(folder / f"{name}.json", rows, begun=[])
+            results.save(folder / f"{name}.json", rows, planned=["a", f"{name}: b"], ended=["a"])
     if tests:
         (folder / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in tests))
     return folder
@@ -92,18 +92,23 @@ def test_a_devices_run_is_committed_by_its_name(committed, tmp_path):
     assert "## NVIDIA H100 80GB HBM3\n" in text
     assert "../benchmarks/results/nvidia_h100_80gb_hbm3.png" in text
     assert "| MLP 8 x 6 | fused_gp, chunks of 4 | 8 | 2.50 (2.50 to 2.50) | 0.2 | 3 | 0.15 | 7 |" in text
-    assert "| penalty | 8 x 6 | 200 | 0.91 (0.90 to 0.92) | 3 / 3 |" in text
+    assert "| penalty | 8 x 6 | as today | 200 | 0.91 (0.90 to 0.92) | 3 / 3 |" in text
     assert "| fused_gp, CUDA graph |  | does not exist yet |" in text
     assert "1 passed, 1 failed and 0 were skipped, of 3." in text
-    assert "| tests/device/test_a.py::test_b[x] | E  at (1, 2): 3 != 4 |" in text
+    assert "| tests/device/test_a.py::test_b[x] | at (1, 2): 3 != 4 |" in text
     assert "| penalty, forward [2, 3] float32 | Wrong: 0.3 |" in text
     assert "90 %" in text
+    assert "| penalties: b |" in text  # not reached
     assert readme.UNMEASURED not in text
     said = page.README.read_text()
     assert readme.UNMEASURED not in said
     assert "Measured on NVIDIA H100 80GB HBM3 (torch 2.11.0, commit abc)" in said
     assert "| 64 x 784 | 3.00 (2.90 to 3.10) | snippet | 3.00 (2.90 to 3.10) |" in said
     assert "| MLP 8 x 6 | 20 | 7 | fused_gp, chunks of 4 | 8 | 7 | 2.50 (2.50 to 2.50) |" in said
+    # Another run of the device takes its place only where that is said.
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(tmp_path / "run")])
+    assert main(["report", "--replace", str(tmp_path / "run")]) == 0
     # Without a folder it is written again from what is committed.
     assert main(["report"]) == 0
     assert (page.PAGE.read_text(), page.README.read_text()) == (text, said)
@@ -170,3 +175,11 @@ def test_a_devices_suites_are_not_committed_by_themselves(monkeypatch, tmp_path,
     main(["ops", "penalties", "training", "--device", "cuda"])
     assert (tmp_path / "out" / "cuda.json").exists()
     assert not (tmp_path / "committed").exists()
+
+
+def test_hundreds_of_failures_do_not_hide_the_rest(tmp_path):
+    """Of a terminal's output the last 12,000 characters may be all that is kept."""
+    many = [FAILED | {"test": f"t{at}", "message": "x" * 5000} for at in range(300)]
+    end = device_run.summary(device_run.load(leave(tmp_path, tests=many)))[-12000:]
+    for part in ("FAILED t0\n", "FAILED t30\n", "and 260 tests more", "300 failed", "of copying", "9 s  done"):
+        assert part in end

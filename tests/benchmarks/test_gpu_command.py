@@ -27,7 +27,7 @@ from benchmarks.report import device_run
         (["--device", "cpu", "--budget", "5"], "--budget must be 20 seconds or more, got 5"),
         (["--device", "cpu", "--budget", "nan"], "--budget must be 20 seconds or more, got nan"),
         (["--device", "cpu", "--budget", "x"], "argument --budget: invalid float value: 'x'"),
-        (["--device", "cpu", "--out", "README.md"], "--out must be a folder, got README.md"),
+        (["--device", "cpu", "--out", "README.md"], "--out must be a folder that can be written to, got README.md"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_runs(monkeypatch, capsys, words, said):
@@ -38,12 +38,15 @@ def test_wrong_arguments_are_named_before_anything_runs(monkeypatch, capsys, wor
     assert said in capsys.readouterr().err
 
 
-def test_an_earlier_run_is_left_alone(tmp_path, capsys):
-    (tmp_path / RUN).write_text("{}")
+@pytest.mark.parametrize("name", [RUN, "ops.json", "tests.jsonl", "log.txt"])
+def test_an_earlier_run_is_left_alone(tmp_path, capsys, name):
+    """Or a part of one, whose cases would count as done."""
+    (tmp_path / name).write_text("{}")
     with pytest.raises(SystemExit, match="2"):
         main(["gpu", "--device", "cpu", "--out", str(tmp_path)])
     assert "holds an earlier run; move it away, or name another folder" in capsys.readouterr().err
-    assert (tmp_path / RUN).read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "{}"
 
 
 def python(program, *words):
@@ -62,15 +65,17 @@ def test_phases_end_in_their_ways(tmp_path):
     """Each is a process; one that fails or takes too long does not keep the next ones from running."""
     ends = {"good": "print('said')", "wrong": "raise SystemExit(1)", "broken": "raise SystemExit(75)"}
     every = [Phase(name, name, 1, python(program), "") for name, program in ends.items()]
+    every += [Phase("not all", "not all", 1, python("raise SystemExit(74)"), "", measures=True)]
     every += [Phase("long", "long", 0.01, python("import time; time.sleep(60)"), "")]
     every += [Phase("last", "last", 1, python("print('last')"), "")]
     begin = time.monotonic()
     found = states(tmp_path, every, 30.0)
     assert time.monotonic() - begin < 20
     assert [state["state"] for state in found] == [
-        "done", "something failed", "ended with status 75", "cut off at its limit", "done",
+        "done", "something failed", "ended with status 75", "not all of its cases were reached", "cut off at its limit",
+        "done",
     ]  # fmt: skip
-    assert [state["starts"] for state in found] == [1] * 5
+    assert [state["starts"] for state in found] == [1] * 6
     log = (tmp_path / "log.txt").read_text()
     assert "===== good, start 1\nsaid\n" in log
     assert log.endswith("last\n")
@@ -131,7 +136,7 @@ from benchmarks import results
 rows = []
 for number in range(60):
     rows.append({"suite": "ops", "case": "a", "shape": [number], "dtype": "float32", "implementation": "x" * 400})
-    results.save(Path(sys.argv[1]), rows, begun=[number])
+    results.save(Path(sys.argv[1]), rows, planned=["a"], ended=[])
     time.sleep(0.005)
 """
 RUNS = """
@@ -148,7 +153,9 @@ raise SystemExit(command.main(["--device", "cpu", "--budget", "60", "--out", str
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name
+)
 def test_a_run_that_is_killed_leaves_all_that_it_found(tmp_path, number):
     """At any moment; also in the middle of a file."""
     for attempt in range(2):
@@ -162,9 +169,9 @@ def test_a_run_that_is_killed_leaves_all_that_it_found(tmp_path, number):
         time.sleep(0.1 * attempt)
         process.send_signal(number)
         process.wait()
-        if number == signal.SIGKILL:  # then none tells the phase to end; it would by itself
-            time.sleep(0.2)
+        time.sleep(0.2)
         run = device_run.load(out)
+        assert device_run.load(out) == run  # the phase has ended with it
         assert [state["state"] for state in run.phases][:2] == [
             "done",
             "running" if number == signal.SIGKILL else "interrupted",

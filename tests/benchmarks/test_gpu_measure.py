@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import checkout, cold, launches, results
+from benchmarks import checkout, cold, launches, results, runner, timing
 from benchmarks.cases import experiments, ops
 from benchmarks.cases.ops import OpCase
 from benchmarks.correctness import CorrectnessCheck
@@ -69,18 +69,16 @@ def measured(monkeypatch, tmp_path):
     return measured
 
 
-def test_cases_are_measured_as_long_as_there_is_time(measured):
+def test_cases_are_measured_as_long_as_there_is_time(measured, tmp_path):
+    """What is not reached is known by what was planned, in each part in which it was."""
     status, rows = measured(seconds=-1.0)
+    assert (status, rows) == (measure.NOT_ALL, [])
+    status, rows = measured()
     assert status == 0
-    assert [(row["implementation"], row["absent"]) for row in rows] == [(OURS, measure.NOT_REACHED)] * 2
-
-
-def test_what_is_reached_later_takes_the_place_of_what_was_not(measured):
-    """As where a phase measures the same cases with torch.compile."""
-    measured(seconds=-1.0)
-    _, rows = measured(part="compiled: ")
-    assert not any("absent" in row for row in rows)
     assert sum(row["implementation"] == OURS for row in rows) == 2
+    assert measured(seconds=-1.0, part="compiled: ")[0] == measure.NOT_ALL
+    about = results.load_about(tmp_path / "ops.json")
+    assert set(about["planned"]) - set(about["ended"]) == {f"compiled: {case.key}" for case in SMALL}
 
 
 def test_a_case_measured_twice_keeps_its_first_rows(measured):
@@ -108,7 +106,7 @@ def test_a_wrong_result_of_ours_is_a_row_too(measured):
 
 
 def test_after_a_case_that_leaves_the_device_unusable_the_process_is_left(measured, monkeypatch):
-    monkeypatch.setattr(measure, "_usable", lambda device: False)
+    monkeypatch.setattr(measure, "usable", lambda device: False)
     status, rows = measured()
     assert status == measure.START_AGAIN
     assert {row["case"] for row in rows} == {"penalty, forward"}
@@ -210,27 +208,58 @@ def test_each_kind_of_case_goes_through_what_a_device_has(key, stand_in, tmp_pat
         if case.bytes_moved():
             assert row["device_ms"][0] < 1.2 + 1e-6  # by replays of ten calls or more
             assert row["gb_s"] > 0
+            assert row["cold"] is False
     assert all("failed" not in row for row in rows)
 
 
-@pytest.mark.parametrize(("size", "number"), [(10, 64), (5_000_000, 30), (70_000_000, 3), (10**9, 2)])
+def test_what_a_device_says_beside_the_times_may_fail(stand_in, tmp_path, monkeypatch, one_thread):
+    """The times are kept."""
+    monkeypatch.setattr(launches, "of", lambda steps: 1 / 0)
+    monkeypatch.setattr(measure.runner.memory, "peak", mock.Mock(side_effect=torch.OutOfMemoryError("no memory")))
+    assert measure.measure(SMALL[:1], "cuda", time.time() + 60, tmp_path / "some.json", rounds=6) == 0
+    for row in results.load(tmp_path / "some.json"):
+        assert row.keys() >= {"ms", "device_ms"}
+        assert (row["not_counted"], row["no_peak"]) == (
+            "ZeroDivisionError: division by zero", "OutOfMemoryError: no memory",
+        )  # fmt: skip
+
+
+def test_a_step_that_waits_for_the_device_has_no_time_of_the_host_alone(monkeypatch):
+    """Its host is kept waiting by what keeps the device busy."""
+    found = {OURS: [(1.0, 3.0, 1.0, 0)] * 6, SNIPPET: [(2.0, 2.0, 1.0, 0)] * 6}
+    timings = {name: [timing.Timing(*each) for each in every] for name, every in found.items()}
+    case = replace(TINY[next(key for key in TINY if key.startswith("penalties"))])
+    waits, other = (runner._times(name, timings, case, "cuda", False) for name in (OURS, SNIPPET))
+    assert waits["waits"]
+    assert not {"host_ms", "device_ms"} & waits.keys()
+    assert other["host_ms"][0] == 2e3
+    assert "over fused_gp" in other
+    assert "device, over fused_gp" not in other
+
+
+@pytest.mark.parametrize(("size", "number"), [(10, 16), (200_000, 750), (5_000_000, 30), (70_000_000, 3), (10**9, 2)])
 def test_copies_are_more_than_the_cache_holds(device, size, number):
     assert cold.copies_needed(size, "cuda") == number
 
 
 def test_copies_of_an_ops_inputs_are_other_memory_with_the_same_numbers(device):
-    case = OpCase("penalty, forward", (8, 500_000))
+    case = OpCase("penalty, forward", (8, 2_000_000))
     inputs = case.inputs("cpu")
     copies = case.copies(inputs, "cuda")
     assert copies[0] is inputs
     assert len({each.real.data_ptr() for each in copies}) == len(copies) == 3
+    assert case.is_cold(inputs, "cuda")
+    assert not OpCase("penalty, forward", (2, 4)).is_cold(OpCase("penalty, forward", (2, 4)).inputs("cpu"), "cuda")
     assert all(each.gradients.equal(inputs.gradients) for each in copies)
     assert case.copies(inputs, "cpu") == []
 
 
-def event(name, kind, start, end):
+def event(name, kind, start, end, is_user_annotation=False):
     return SimpleNamespace(
-        name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        name=name,
+        device_type=kind,
+        is_user_annotation=is_user_annotation,
+        time_range=SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start),
     )
 
 
@@ -240,6 +269,7 @@ def test_launches_are_those_that_begin_while_a_step_runs(monkeypatch):
         event(launches.MARK + "a", DeviceType.CUDA, 10, 90), event("aten::mul", DeviceType.CPU, 1, 5),
         event("kernel", DeviceType.CUDA, 20, 30), event("Memset", DeviceType.CUDA, 95, 97),
         event("kernel", DeviceType.CUDA, 150, 190),
+        event("## Call CompiledFxGraph ##", DeviceType.CUDA, 149, 191, is_user_annotation=True),
     ]  # fmt: skip
     session = mock.MagicMock()
     session.__enter__.return_value.events.return_value = events
@@ -287,7 +317,9 @@ def test_first_calls_are_made_of_each_case_once(monkeypatch, capsys):
     monkeypatch.setattr(OpCase, "all_implementations", lambda case: {OURS: fails, SNIPPET: PEERS[SNIPPET]})
     for part in range(2):
         measure.first_calls(SMALL[part::2], "cpu")
+    measure.first_calls([case for case in TINY.values() if isinstance(case, experiments.ConvolutionCase)], "cpu")
     said = capsys.readouterr().out
+    assert "convolution" not in said  # compiles nothing
     assert said.count("first calls of ops: penalty, forward") == said.count("first calls of ops: interpolation") == 1
     assert said.count("fused_gp: RuntimeError: an error") == 2
 
@@ -325,4 +357,10 @@ def test_the_first_phase_leaves_what_the_device_is(stand_in, device, tmp_path, m
 
     monkeypatch.setattr(first_phase, "ours", lambda: fails)
     assert first_phase.main() == 1  # and goes on to the end
-    assert {row["failed"] for row in results.load(tmp_path / "device.json")} == {"RuntimeError: an error"}
+    assert [row["failed"] for row in results.load(tmp_path / "device.json")] == ["RuntimeError: an error"] * len(rows)
+
+    monkeypatch.setattr(first_phase, "usable", lambda device: False)
+    monkeypatch.setattr(first_phase, "copy_bandwidth", lambda device: fails())
+    assert first_phase.main() == 1
+    assert len(results.load(tmp_path / "device.json")) == 1  # all others would fail too
+    assert results.load_about(tmp_path / "device.json")["copy_gb_s"] == "RuntimeError: an error"

@@ -61,7 +61,8 @@ def test_every_test_is_a_line_with_what_was_wrong(run, tmp_path):
     assert "has no reason" in next(iter(found["skipped"]))
     wrong = next(test for test in found["failed"] if "test_wrong" in test["test"])
     assert "element 2" in wrong["message"]
-    assert "launched: a_kernel" in wrong["message"]
+    assert "launched: a_kernel" in wrong["before"]
+    assert "launched: a_kernel" not in wrong["message"].replace('"launched: " + "a_kernel"', "")
     broken = next(test for test in found["failed"] if "broken_fixture" in test["test"])
     assert (broken["when"], "in a fixture" in broken["message"]) == ("setup", True)
 
@@ -71,6 +72,15 @@ def test_what_is_compiled_comes_last(run, tmp_path):
     tests = [json.loads(line).get("test", "") for line in (tmp_path / "tests.jsonl").read_text().splitlines()]
     ran = [test.split("::")[1] for test in tests if test]
     assert ran.index("test_good") < ran.index("test_slow")
+
+
+def test_a_file_that_cannot_be_collected_is_a_failure(run):
+    """Once, whatever the number of processes."""
+    done, found = run("import nosuch")
+    assert done.returncode != 0
+    (failed,) = found["failed"]
+    assert failed["when"] == "collect"
+    assert "No module named 'nosuch'" in failed["message"]
 
 
 def test_half_a_line_is_left_out(tmp_path):

@@ -220,7 +220,7 @@ def test_a_device_has_times_of_its_own(monkeypatch):
     assert found.host > 0
     assert len(slept) == 1
 
-    monkeypatch.setattr(runner, "_launches", lambda steps: {name: {"launches": 7, "busy_ms": 5.0} for name in steps})
+    monkeypatch.setattr(runner.launches, "of", lambda steps: {name: {"launches": 7, "busy_ms": 5.0} for name in steps})
     monkeypatch.setattr(runner.memory, "peak", lambda step, device: 3e6)
     monkeypatch.setattr(runner.provenance, "clocks", lambda device: {"clocks.sm": "1980 MHz"})
     monkeypatch.setattr(OpCase, "copies", lambda case, inputs, device: [])

@@ -38,13 +38,18 @@ def machine(device: str) -> str:
 
 
 def clocks(device: str) -> dict[str, str]:
-    """Of a device, now or some seconds ago: to ask takes tenths of one. None where nothing tells them."""
-    return {} if device == "cpu" else _clocks_since(int(time.monotonic() / 5))
+    """Of a device, now; none where nothing tells them."""
+    return {} if device == "cpu" else _nvidia_smi(*CLOCKS)
+
+
+def recent_clocks(device: str) -> dict[str, str]:
+    """Now or some seconds ago: to ask takes tenths of one."""
+    return _clocks_at(device, int(time.monotonic() / 5))
 
 
 @lru_cache(maxsize=1)
-def _clocks_since(moment: int) -> dict[str, str]:
-    return _nvidia_smi(*CLOCKS)
+def _clocks_at(device: str, moment: int) -> dict[str, str]:
+    return clocks(device)
 
 
 def _nvidia_smi(*fields: str) -> dict[str, str]:

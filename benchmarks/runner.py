@@ -59,7 +59,7 @@ def measure(
                 row["failed"] = uncaptured[row["implementation"]]
                 del steps[row["implementation"]]
         number, timings = timing.interleaved(steps, device, budget, rounds, case.clock, replays, least)
-        clocks = {} if device == "cpu" else {"clocks": provenance.clocks(device)}
+        clocks = {} if device == "cpu" else {"clocks": provenance.recent_clocks(device)}
         beside = _beside_times(steps, device) if device != "cpu" else {}
         for row in rows:
             row["machine"] = provenance.machine(device)

@@ -132,7 +132,7 @@ def main() -> int:
         chosen = [replace(case, compiling=False) for case in chosen]
     if options.compiled:
         # Those with attention last: they take the longest to compile, and the others need not wait for them.
-        chosen = sorted((case for case in chosen if case.compiling), key=lambda case: "ViT" in case.name)
+        chosen = sorted((case for case in chosen if case.compiling), key=lambda case: getattr(case, "attention", False))
         chosen = [replace(case, only=(SNIPPET, OURS, COMPILED, COMPILED_CALL)) for case in chosen]
     if options.first_calls:
         at, step = map(int, options.first_calls.split("/"))

@@ -8,12 +8,13 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import intervals, memory, results, runner, timing
+from benchmarks import intervals, memory, provenance, results, runner, timing
 from benchmarks.cases import SUITES, bytes_moved
 from benchmarks.cases.methods import MethodCase
 from benchmarks.cases.ops import OpCase
@@ -222,7 +223,7 @@ def test_a_device_has_times_of_its_own(monkeypatch):
 
     monkeypatch.setattr(runner.launches, "of", lambda steps: {name: {"launches": 7, "busy_ms": 5.0} for name in steps})
     monkeypatch.setattr(runner.memory, "peak", lambda step, device: 3e6)
-    monkeypatch.setattr(runner.provenance, "clocks", lambda device: {"clocks.sm": "1980 MHz"})
+    monkeypatch.setattr(runner.provenance, "recent_clocks", lambda device: {"clocks.sm": "1980 MHz"})
     monkeypatch.setattr(OpCase, "copies", lambda case, inputs, device: [])
     monkeypatch.setattr(runner.provenance, "machine", lambda device: "a device")
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
@@ -283,3 +284,21 @@ def test_memory_alone_is_measured_without_check_or_timing(monkeypatch, tmp_path)
     ]
     assert not any("ms" in row or "error" in row for row in rows)
     assert results.load(tmp_path / "unfinished.json") == rows
+
+
+def test_clocks_are_those_of_torchs_device(monkeypatch):
+    """Which may be another one of nvidia-smi's; where there is no nvidia-smi, they are not known."""
+    asked = []
+
+    def run(words, **_):
+        asked.append(words)
+        return SimpleNamespace(stdout="1980 MHz, 2619 MHz, 41, 98.30 W\n")
+
+    module = SimpleNamespace(get_device_properties=lambda index: SimpleNamespace(uuid="a-b"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(provenance.subprocess, "run", run)
+    assert provenance.clocks("cuda")["clocks.mem"] == "2619 MHz"
+    assert asked[0][-1] == "--id=GPU-a-b"
+    assert provenance.clocks("cpu") == {}
+    monkeypatch.setattr(provenance.subprocess, "run", mock.Mock(side_effect=FileNotFoundError))
+    assert provenance.clocks("cuda") == {}

@@ -56,8 +56,13 @@ class CaseRows(NamedTuple):
     def peak(self, name: str) -> str:
         return self.number(name, "peak_mb", "{:.0f}".format)
 
+    def compared(self, name: str, over: str = OURS) -> Any:
+        """The ratio of two times with its interval, or None: on a device an op's own times, without the host's."""
+        own = "device, " if self.suite == "ops" and self.on_device else ""
+        return self.rows.get(name, {}).get(f"{own}over {over}")
+
     def ratio(self, name: str, over: str = OURS) -> str:
-        found = self.rows.get(name, {}).get(f"over {over}")
+        found = self.compared(name, over)
         return "" if found is None else interval(found)
 
     def share(self, of: str, less: bool = False) -> str:

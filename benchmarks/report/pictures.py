@@ -106,7 +106,7 @@ def ratios(axes: Axes, some: list[CaseRows], title: str) -> None:
         start = place
         for name in PEERS:
             over = COMPILED if name == COMPILED_CALL and "ms" in case.rows.get(COMPILED, {}) else OURS
-            found = case.rows.get(name, {}).get(f"over {over}")
+            found = case.compared(name, over)
             if found is None:
                 continue
             value, low, high = found

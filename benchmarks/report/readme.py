@@ -42,8 +42,9 @@ def numbers(cpu: list[Row], devices: dict[str, DeviceRun]) -> str:
     for rows in filter(None, (cpu, *(run.rows for run in devices.values()))):
         cases = by_case(rows)
         chosen = [case for case in cases if case.suite == "ops" and case.name == BOTH and case.dtype == "float32"]
+        whose = "the peer's time on the device" if chosen and chosen[0].on_device else "the peer's time"
         parts.append(
-            f"{measured_on(rows)}: the interpolation, and the penalty forward and backward, in fp32; the peer's time "
+            f"{measured_on(rows)}: the interpolation, and the penalty forward and backward, in fp32; {whose} "
             f"divided by ours, with the 95 % interval of the median.\n\n"
             f"{table('', '', list(filter(None, map(against_peers, chosen)))).markdown()}\n"
             f"{whole_penalties(cases)}{PAGE} has all peers, critics, types and sizes, training steps, memory, and the "
@@ -79,8 +80,7 @@ def whole_penalties(cases: list[CaseRows]) -> str:
 
 
 def against_peers(case: CaseRows) -> dict[str, str]:
-    over = f"over {OURS}"
-    found = {name: row[over] for name, row in case.rows.items() if is_peer(name) and over in row}
+    found = {name: case.compared(name) for name in case.rows if is_peer(name) and case.compared(name)}
     if not found:
         return {}
     fastest = min(found, key=lambda name: found[name][0])

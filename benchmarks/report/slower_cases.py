@@ -25,9 +25,9 @@ class SlowerCase(NamedTuple):
 def slower_cases(cases: list[CaseRows]) -> Iterator[SlowerCase]:
     """Where a peer's whole interval is below 1: compiled against compiled, where ours was timed too."""
     for case in cases:
-        for peer, row in case.rows.items():
+        for peer in case.rows:
             over = COMPILED if peer == COMPILED_CALL and "ms" in case.rows.get(COMPILED, {}) else OURS
-            ratio = row.get(f"over {over}")
+            ratio = case.compared(peer, over)
             if case.suite in SUITES and is_peer(peer) and ratio is not None and ratio[2] < 1:
                 yield SlowerCase(case, peer, over, ratio)
 

@@ -40,7 +40,8 @@ def tables(rows: list[Row]) -> list[Table]:
 def times(case: CaseRows) -> Cells:
     """Ours, and the ratios of the peers to it, but of that which is compared with ours compiled."""
     peers = [name for name in case.rows if is_peer(name) and name != COMPILED_CALL and "ms" in case.rows[name]]
-    return {"ours, ms": case.time(OURS), **{name: case.ratio(name) for name in peers}}
+    own = "device_ms" if case.suite == "ops" and case.on_device else "ms"
+    return {"ours, ms": case.time(OURS, own), **{name: case.ratio(name) for name in peers}}
 
 
 def compiled(case: CaseRows) -> Cells:
@@ -52,9 +53,9 @@ def compiled(case: CaseRows) -> Cells:
 
 def copying(case: CaseRows) -> Cells:
     """How near ours comes to it."""
-    row = case.rows.get(OURS, {})
+    row, copies = case.rows.get(OURS, {}), case.compared(names.COPIES)
     return {
-        "ours / plain copies": case.number(names.COPIES, f"over {OURS}", lambda copies: f"{1 / copies:.2f}"),
+        "ours / plain copies": f"{1 / copies[0]:.2f}" if copies else "",
         "GB/s": case.number(OURS, "gb_s", "{:.1f}".format),
         "of copying": case.number(OURS, "gb_s", lambda gb_s: f"{100 * gb_s / row['copy_gb_s']:.0f} %")
         + ("" if row.get("cold", True) else ", in cache"),
@@ -66,8 +67,8 @@ def ops(cases: list[CaseRows]) -> list[Table]:
     return [
         table(
             "Interpolation, and the penalty forward and backward",
-            "Everything in the penalty of a critic's step except the critic itself. Time of each peer divided by ours; "
-            "above 1 ours is faster.",
+            "Everything in the penalty of a critic's step except the critic itself. Time of each peer divided by ours, "
+            "on a device its own; above 1 ours is faster.",
             [{"shape": case.size, "type": case.dtype, **times(case), **copying(case)} for case in both],
         ),
         table(

@@ -121,7 +121,11 @@ STEP = {"suite": "training", "case": "MLP", "shape": [256, 2], "ms": [147.0, 146
         (LARGE | {"case": "interpolation, forward"}, "tidy", "equal: both run the same operations"),
         (LARGE | {"case": "interpolation, forward"}, "TF-GAN", "not known"),
         (LARGE | {"case": "interpolation, forward", "over fused_gp": [0.7, 0.6, 0.8]}, "tidy", "not known"),
-        (LARGE | {"case": "interpolation, forward", "device": "cuda"}, "tidy", "not known"),
+        (
+            LARGE | {"case": "interpolation, forward", "device": "cuda", "device, over fused_gp": [0.9] * 3},
+            "tidy",
+            "not known",
+        ),
         (LARGE | VIT, "torch.func", "equal: both run the same operations"),
         (LARGE | VIT, COMPILED_CALL, "not known"),
         (LARGE | STEP, "snippet", "small: "),

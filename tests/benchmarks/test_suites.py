@@ -40,7 +40,8 @@ def test_a_committed_run_is_its_whole_suites():
             device, names = suites[name]
             measured = {(row["suite"], row["case"], tuple(row["shape"]), row["dtype"]) for row in found}
             of_suites = [case.about for case in CASES[device] if case.suite in names]
-            assert measured == {(c["suite"], c["case"], tuple(c["shape"]), c["dtype"]) for c in of_suites}
+            whole = {(c["suite"], c["case"], tuple(c["shape"]), c["dtype"]) for c in of_suites}
+            assert measured == whole if device == "cpu" else measured <= whole  # a device's says which are missing
 
 
 @pytest.mark.parametrize("name", sorted({case.suite for case in CASES["cpu"]}))

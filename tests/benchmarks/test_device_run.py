@@ -153,6 +153,28 @@ def test_a_run_that_was_cut_off_still_makes_a_page(committed, tmp_path, missing)
     assert device_run.summary(device_run.load(folder))
 
 
+DIED = {name: value for name, value in OPS[0].items() if name in case("ops", BOTH, [64, 784], OURS)} | {
+    "failed": "died"
+}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"ops": [DIED]}, {"ops": [DIED, OPS[1]]}, {"ops": OPS[1:]}, {"ops": [DIED], "penalties": [DIED]},
+        {"penalties": PENALTIES[1:]}, {"penalties": PENALTIES[-1:]}, {"experiments": EXPERIMENTS[1:]},
+        {"tests": [FAILED | {"message": ""}]},
+    ],
+    ids=["died", "ours died", "without ours", "all died", "without by hand", "planned", "without today", "silent"],
+)  # fmt: skip
+def test_a_run_in_which_something_failed_still_makes_a_page(committed, tmp_path, rows):
+    pytest.importorskip("matplotlib")
+    folder = leave(tmp_path / "run", **rows)
+    assert main(["report", str(folder)]) == 0
+    assert "## NVIDIA H100 80GB HBM3\n" in page.PAGE.read_text()
+    assert device_run.summary(device_run.load(folder))
+
+
 def test_the_summary_says_what_failed_and_the_first_numbers(tmp_path):
     said = device_run.summary(device_run.load(leave(tmp_path)))
     for part in [

@@ -23,7 +23,7 @@ from benchmarks.names import (
 from benchmarks.peers import PEERS
 from benchmarks.report import case_rows, page, readme, slower_cases, tables
 from benchmarks.report.case_rows import by_case
-from tests.support.small_run import small_run
+from tests.support.small_run import SMALL, small_run
 
 NOTHING = {name: [] for name in results.committed()}
 
@@ -108,6 +108,13 @@ def test_a_loss_says_what_is_compared_and_is_not_rounded_away(rows):
     table = tables.where_a_peer_wins(by_case([rows[0], rows[1] | {"over fused_gp": [0.98, 0.95, 0.9982]}]))
     assert table.rows[0][3] == "0.98 (0.95 to 0.998)"
     assert "A compiled call is compared with ours compiled" in table.note
+
+
+def test_a_loss_to_a_compiled_peer_is_not_hidden_where_ours_failed_to_compile(rows):
+    peer = rows[1] | {"implementation": COMPILED_CALL, "over fused_gp": [0.5, 0.4, 0.6]}
+    for ours in ([], [{**SMALL.about, "implementation": COMPILED, "failed": "Wrong", "device": "cpu"}]):
+        (slower,) = slower_cases.slower_cases(by_case([rows[0], peer, *ours]))
+        assert (slower.peer, slower.over) == (COMPILED_CALL, OURS)
 
 
 LARGE = {"shape": [64, 3, 256, 256], "over fused_gp": [0.98, 0.95, 0.998]}

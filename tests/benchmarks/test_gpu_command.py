@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,13 @@ def test_a_run_that_is_killed_leaves_all_that_it_found(tmp_path, number):
     for attempt in range(2):
         out = tmp_path / f"{attempt}"
         process = subprocess.Popen(
-            [sys.executable, "-c", RUNS, str(out), MEASURES], cwd=checkout.ROOT, stdout=subprocess.DEVNULL, stderr=-3
+            [sys.executable, "-c", RUNS, str(out), MEASURES],
+            cwd=checkout.ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=-3,
+            preexec_fn=partial(
+                signal.signal, signal.SIGINT, signal.SIG_DFL
+            ),  # ignored where the tests run in the background
         )
         while not (out / "penalties.json").exists():
             assert process.poll() is None

@@ -34,9 +34,9 @@ EPILOG = """\
 suites:
 {}
 
-ops, penalties and training share one file of rows; methods, systems and host have one each. The file goes to
-benchmarks/results/ if all its suites were run whole, and from there to docs/benchmarks.md and the README. That of a
-part, or with --quick or --only, goes to out/benchmarks/.
+ops, penalties and training share one file of rows; the others have one each. The file goes to benchmarks/results/ if
+all its suites were run whole on a CPU, and from there to docs/benchmarks.md and the README. That of a part, of a
+device, or with --quick or --only, goes to out/benchmarks/.
 
 other commands, with their own --help:
   compare     what changed between two runs beyond noise; ends with status 1 where it became worse

@@ -40,6 +40,11 @@ def load_about(path: Path) -> dict[str, Any]:
     return {name: value for name, value in json.loads(path.read_text()).items() if name != "rows"}
 
 
+def case_key(row: dict[str, Any]) -> tuple[str, str, tuple[int, ...], str]:
+    """What distinguishes the rows of one case from those of others of its run."""
+    return row["suite"], row["case"], tuple(row["shape"]), row["dtype"]
+
+
 def committed() -> dict[str, list[dict[str, Any]]]:
     """The rows of the committed runs on CPUs, by the name of the file; none where there is no file."""
     paths = {name: COMMITTED / f"{name}.json" for name in (name.format(device="cpu") for name in FILES)}

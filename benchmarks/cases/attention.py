@@ -31,6 +31,22 @@ def product(a, b):
 
 
 @triton.jit
+def of_rows(q_, do_, a_, lse_, d_, head, rows, n, SIZE: tl.constexpr):
+    first = head * SIZE
+    q, do, a = load(q_ + first, rows, n, SIZE), load(do_ + first, rows, n, SIZE), load(a_ + first, rows, n, SIZE)
+    # Past the last row L is infinite, so that P is zero.
+    lse = tl.load(lse_ + head + rows, mask=rows < n, other=float("inf"))
+    return q, do, a, lse, tl.load(d_ + head + rows, mask=rows < n, other=0.0)
+
+
+@triton.jit
+def of_columns(k_, v_, b_, c_, head, columns, n, SIZE: tl.constexpr):
+    first = head * SIZE
+    k, v = load(k_ + first, columns, n, SIZE), load(v_ + first, columns, n, SIZE)
+    return k, v, load(b_ + first, columns, n, SIZE), load(c_ + first, columns, n, SIZE)
+
+
+@triton.jit
 def terms(q, k, v, do, a, b, c, lse, d, columns, n, scale):
     # P, T, dP - D and dO C' of a block of rows and one of columns. Past the last column P is zero: exp(-L) may be
     # infinite there, and infinity times the zeros of K, V, B and C is no number.
@@ -41,21 +57,24 @@ def terms(q, k, v, do, a, b, c, lse, d, columns, n, scale):
 
 
 @triton.jit
+def products_of_p(q, k, v, do, a, b, c, lse, d, t, g, columns, n, scale):
+    # P, P o (T - t), H and dS.
+    p, t_part, dp, doc = terms(q, k, v, do, a, b, c, lse, d, columns, n, scale)
+    bent = t_part - t[:, None]
+    return p, p * bent, p * (dp * bent + doc - g[:, None]), p * dp
+
+
+@triton.jit
 def row_sums_kernel(
     q_, k_, v_, do_, a_, b_, c_, lse_, d_, t_, g_, n, scale, SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
     head = tl.program_id(1).to(tl.int64) * n
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first = head * SIZE
-    q, do, a = load(q_ + first, rows, n, SIZE), load(do_ + first, rows, n, SIZE), load(a_ + first, rows, n, SIZE)
-    # Past the last row L is infinite, so that P is zero.
-    lse = tl.load(lse_ + head + rows, mask=rows < n, other=float("inf"))
-    d = tl.load(d_ + head + rows, mask=rows < n, other=0.0)
+    q, do, a, lse, d = of_rows(q_, do_, a_, lse_, d_, head, rows, n, SIZE)
     t, g = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for begin in range(0, n, COLS):
         columns = begin + tl.arange(0, COLS)
-        k, v = load(k_ + first, columns, n, SIZE), load(v_ + first, columns, n, SIZE)
-        b, c = load(b_ + first, columns, n, SIZE), load(c_ + first, columns, n, SIZE)
+        k, v, b, c = of_columns(k_, v_, b_, c_, head, columns, n, SIZE)
         p, t_part, dp, doc = terms(q, k, v, do, a, b, c, lse, d, columns, n, scale)
         t += tl.sum(p * t_part, axis=1)
         g += tl.sum(p * (dp * t_part + doc), axis=1)  # sum P o (dP - D) is zero, and so t needs not be known
@@ -70,23 +89,17 @@ def rows_kernel(
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64) * n
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first = head * SIZE
-    q, do, a = load(q_ + first, rows, n, SIZE), load(do_ + first, rows, n, SIZE), load(a_ + first, rows, n, SIZE)
-    lse = tl.load(lse_ + head + rows, mask=rows < n, other=float("inf"))
-    d = tl.load(d_ + head + rows, mask=rows < n, other=0.0)
+    q, do, a, lse, d = of_rows(q_, do_, a_, lse_, d_, head, rows, n, SIZE)
     t = tl.load(t_ + head + rows, mask=rows < n, other=0.0)
     g = tl.load(g_ + head + rows, mask=rows < n, other=0.0)
     for_do, for_q = tl.zeros([ROWS, SIZE], tl.float32), tl.zeros([ROWS, SIZE], tl.float32)
     for begin in range(0, n, COLS):
         columns = begin + tl.arange(0, COLS)
-        k, v = load(k_ + first, columns, n, SIZE), load(v_ + first, columns, n, SIZE)
-        b, c = load(b_ + first, columns, n, SIZE), load(c_ + first, columns, n, SIZE)
-        p, t_part, dp, doc = terms(q, k, v, do, a, b, c, lse, d, columns, n, scale)
-        bent = t_part - t[:, None]
-        h = p * (dp * bent + doc - g[:, None])
-        for_do += product((p * bent).to(v.dtype), v) + product(p.to(c.dtype), c)
-        for_q += product(h.to(k.dtype), k) + product((p * dp).to(b.dtype), b)
-    at = first + rows[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        k, v, b, c = of_columns(k_, v_, b_, c_, head, columns, n, SIZE)
+        p, p_bent, h, ds = products_of_p(q, k, v, do, a, b, c, lse, d, t, g, columns, n, scale)
+        for_do += product(p_bent.to(v.dtype), v) + product(p.to(c.dtype), c)
+        for_q += product(h.to(k.dtype), k) + product(ds.to(b.dtype), b)
+    at = head * SIZE + rows[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(for_do_ + at, for_do, mask=(rows < n)[:, None])
     tl.store(for_q_ + at, for_q * scale, mask=(rows < n)[:, None])
 
@@ -99,23 +112,17 @@ def columns_kernel(
     # As above with the two changed about: ROWS columns stay, and blocks of COLS rows pass.
     head = tl.program_id(1).to(tl.int64) * n
     columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first = head * SIZE
-    k, v = load(k_ + first, columns, n, SIZE), load(v_ + first, columns, n, SIZE)
-    b, c = load(b_ + first, columns, n, SIZE), load(c_ + first, columns, n, SIZE)
+    k, v, b, c = of_columns(k_, v_, b_, c_, head, columns, n, SIZE)
     for_k, for_v = tl.zeros([ROWS, SIZE], tl.float32), tl.zeros([ROWS, SIZE], tl.float32)
     for begin in range(0, n, COLS):
         rows = begin + tl.arange(0, COLS)
-        q, do, a = load(q_ + first, rows, n, SIZE), load(do_ + first, rows, n, SIZE), load(a_ + first, rows, n, SIZE)
-        lse = tl.load(lse_ + head + rows, mask=rows < n, other=float("inf"))
-        d = tl.load(d_ + head + rows, mask=rows < n, other=0.0)
+        q, do, a, lse, d = of_rows(q_, do_, a_, lse_, d_, head, rows, n, SIZE)
         t = tl.load(t_ + head + rows, mask=rows < n, other=0.0)
         g = tl.load(g_ + head + rows, mask=rows < n, other=0.0)
-        p, t_part, dp, doc = terms(q, k, v, do, a, b, c, lse, d, columns, n, scale)
-        bent = t_part - t[:, None]
-        h = p * (dp * bent + doc - g[:, None])
-        for_v += product(tl.trans((p * bent).to(do.dtype)), do)
-        for_k += product(tl.trans(h.to(q.dtype)), q) + product(tl.trans((p * dp).to(a.dtype)), a)
-    at = first + columns[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        _, p_bent, h, ds = products_of_p(q, k, v, do, a, b, c, lse, d, t, g, columns, n, scale)
+        for_v += product(tl.trans(p_bent.to(do.dtype)), do)
+        for_k += product(tl.trans(h.to(q.dtype)), q) + product(tl.trans(ds.to(a.dtype)), a)
+    at = head * SIZE + columns[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(for_k_ + at, for_k * scale, mask=(columns < n)[:, None])
     tl.store(for_v_ + at, for_v, mask=(columns < n)[:, None])
 

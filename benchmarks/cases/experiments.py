@@ -198,11 +198,9 @@ class AttentionCase(Case):
         first, *others = BLOCKS[self.kernel][64 if size <= 64 else 128]
         ways: dict[str, Make] = {FIRST: partial(self.under, first)}
         ways |= {f"{at[0]} x {at[1]}, {at[2]} warps, {at[3]} stages": partial(self.under, at) for at in others}
-        return (
-            ways
-            if self.kernel == "row sums"
-            else ways | {"math attention, all passes and the first two derivatives": lambda: a_way(self.by_math)}
-        )
+        if self.kernel != "row sums":
+            ways["math attention, all passes and the first two derivatives"] = lambda: a_way(self.by_math)
+        return ways
 
     def compiled_ways(self) -> dict[str, Make]:
         return {name: make for name, make in self.implementations().items() if not name.startswith("math")}
@@ -233,11 +231,9 @@ class AttentionCase(Case):
         return inputs._replace(tensors=tuple(t.double() for t in inputs.tensors))
 
     def reference_implementation(self) -> Implementation:
-        return a_way(
-            lambda given: (
-                list(_sums(given.tensors, given.scale)[2:]) if self.kernel == "row sums" else self.by_math(given)
-            )
-        )
+        if self.kernel == "row sums":
+            return a_way(lambda given: list(_sums(given.tensors, given.scale)[2:]))
+        return a_way(self.by_math)
 
     def by_math(self, given: AttentionInputs) -> list[Tensor]:
         """For dO and Q, or for K and V: what autograd gives."""

@@ -75,17 +75,13 @@ def measure(chosen: list[Case], device: str, end: float, path: Path, part: str =
         except Exception as failure:
             traceback.print_exc()
             found = [case.about | {"implementation": OURS, "failed": first_line(failure)}]
-        known = {(*_case(row), row["implementation"]) for row in rows}
-        rows += [of_all | row for row in found if (*_case(row), row["implementation"]) not in known]
+        known = {(*results.case_key(row), row["implementation"]) for row in rows}
+        rows += [of_all | row for row in found if (*results.case_key(row), row["implementation"]) not in known]
         about["ended"].append(name)
         results.save(path, rows, **about)
         if not usable(device):
             return START_AGAIN
     return FAILED if any("failed" in row and is_ours(row["implementation"]) for row in rows) else 0
-
-
-def _case(row: Row) -> tuple[Any, ...]:
-    return row["suite"], row["case"], tuple(row["shape"]), row["dtype"]
 
 
 def usable(device: str) -> bool:

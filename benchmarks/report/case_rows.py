@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from benchmarks.names import OURS
+from benchmarks.results import case_key
 
 Row = dict[str, Any]
 Measured = float | list[float]  # a median: alone, or with its interval
@@ -73,7 +74,7 @@ class CaseRows(NamedTuple):
 def by_case(rows: list[Row]) -> list[CaseRows]:
     found: dict[tuple[Any, ...], CaseRows] = {}
     for row in rows:
-        key = (row["suite"], row["case"], tuple(row["shape"]), row["dtype"])
+        key = case_key(row)
         found.setdefault(key, CaseRows(*key, {})).rows[row["implementation"]] = row
     return list(found.values())
 

@@ -82,7 +82,7 @@ def _base(what: str) -> str:
 
 
 def _case(row: Row) -> tuple[Any, ...]:
-    return row["suite"], row["case"], tuple(row["shape"]), row["dtype"], row["device"]
+    return *results.case_key(row), row["device"]
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -72,7 +72,8 @@ class Run:
                     if phase.alone:
                         self.stop()
                     weights = [later.weight for later in every[at:]]
-                    self.phase(phase, self.left * phase.weight / sum(weights), log, environment)
+                    share = self.left * phase.weight / sum(weights)
+                    self.phase(phase, min(phase.most, share), log, environment)
             finally:
                 self.stop()
                 for state in self.states:

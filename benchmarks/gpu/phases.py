@@ -17,6 +17,7 @@ class Phase(NamedTuple):
     file: str  # of what it finds; none if it only prepares
     beside: bool = False  # starts with the next phase, and is ended where the first one begins that is to be alone
     alone: bool = False  # on the device
+    most: float = float("inf")  # seconds, however long the run may take
     measures: bool = False  # by `benchmarks.gpu.measure`, which ends by itself, and goes on where it was when it died
 
 
@@ -48,7 +49,7 @@ def phases(out: Path, device: str) -> list[Phase]:
         Phase(
             "device", "the device, copy bandwidth, and whether the ops are right", 60,
             [sys.executable, "-m", "benchmarks.gpu.device", "--device", device, "--out", str(out / "device.json")],
-            "device.json",
+            "device.json", most=60,
         ),
         *warm,
         Phase(

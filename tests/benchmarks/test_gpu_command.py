@@ -88,6 +88,14 @@ def test_what_a_phase_does_not_need_is_left_to_the_next(tmp_path):
     assert found[1]["limit_s"] > 35
 
 
+def test_the_first_phase_takes_a_minute_at_most_however_long_the_run(tmp_path):
+    every = [phase for phase in phases(tmp_path, "cuda") if not phase.beside]
+    first, *others = [phase._replace(command=python("")) for phase in every]
+    found = states(tmp_path, [first, *others], 3600.0)
+    assert found[0]["limit_s"] == 60
+    assert all(state["limit_s"] > 60 for state in found[1:])
+
+
 def test_a_phase_for_which_no_time_is_left_is_not_started(tmp_path):
     every = [
         Phase("long", "", 99, python("import time; time.sleep(60)"), ""),

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vjp, vmap
@@ -384,3 +385,19 @@ def test_input_gradient_penalty_in_a_transform():
     weights = {name: p.detach() for name, p in critic.named_parameters()}
     with pytest.raises(ValueError, match="outputs must depend on inputs"):
         grad(lambda weights: input_gradient_penalty(functional_call(critic, weights, (leaf,)), leaf))(weights)
+
+
+def test_a_layer_thawed_since_has_its_gradient_after_a_reset(graphs):
+    """As docs/methods.md says; without it torch before 2.12 leaves the layer without one."""
+    critic, samples = mlp().double(), vectors()
+    layer = next(module for module in critic.modules() if isinstance(module, nn.Linear))
+    penalty_function = torch.compile(fused_gradient_penalty, backend=graphs)
+    layer.requires_grad_(False)
+    penalty_function(critic, *samples, alpha=0.5).backward()
+    layer.requires_grad_(True)
+    torch.compiler.reset()
+    penalties = (
+        penalty_function(critic, *samples, alpha=0.5),
+        reference.fused_gradient_penalty(critic, *samples, alpha=0.5),
+    )
+    assert_same(*[value_and_gradients(penalty, *critic.parameters()) for penalty in penalties])
